@@ -69,7 +69,8 @@ rust::String gpu_name(std::int8_t device) {
   return std::string(properties->name) + ", " + std::to_string(properties->multiProcessorCount) + " SMs";
 }
 
-// Looked up by name, since none of these libraries is linked: libtorch has loaded those that it computes with.
+// Looked up by name, since none of these libraries is linked: libtorch has loaded those that it computes
+// with.
 rust::String gpu_libraries() {
   std::string text;
   if (auto* version = reinterpret_cast<std::size_t (*)()>(dlsym(RTLD_DEFAULT, "cudnnGetVersion"))) {

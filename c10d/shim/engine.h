@@ -35,8 +35,8 @@ class Engine {
   virtual bool polls() const = 0;
   virtual bool exchanges() const { return false; }
   virtual std::unique_ptr<Watch> watch(c10::intrusive_ptr<c10d::Work> work, rust::Box<Signal> signal) = 0;
-  // Starts sends and receives, each with the rank of the other side; the work is over when all of them are. Null where
-  // the backend has no such operation.
+  // Starts sends and receives, each with the rank of the other side; the work is over when all of them are.
+  // Null where the backend has no such operation.
   virtual c10::intrusive_ptr<c10d::Work> exchange(std::vector<Letter> /*sends*/, std::vector<Letter> /*receives*/) {
     return nullptr;
   }

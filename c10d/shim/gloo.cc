@@ -121,8 +121,8 @@ class GlooEngine final : public Engine {
 
 } // namespace
 
-// Gloo reads these with each group: peers' addresses are asked for together, and connections to one listener are told
-// apart by ranks, so that what a rank says of itself has one length.
+// Gloo reads these with each group: peers' addresses are asked for together, and connections to one listener
+// are told apart by ranks, so that what a rank says of itself has one length.
 void prepare_gloo() {
   c10::utils::set_env("GLOO_ENABLE_STORE_V2_API", "1", /*overwrite=*/false);
   c10::utils::set_env("GLOO_ENABLE_RANK_AS_SEQUENCE_NUMBER", "1", /*overwrite=*/false);

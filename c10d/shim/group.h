@@ -50,7 +50,8 @@ class Group {
       const at::Tensor& receive,
       rust::Slice<const std::int64_t> receive_splits,
       rust::Box<Signal> signal) const;
-  // Sends parts of `send`, one after the other, each as long as its count, to these ranks, and receives likewise.
+  // Sends parts of `send`, one after the other, each as long as its count, to these ranks, and receives
+  // likewise.
   std::unique_ptr<Work> exchange(
       const at::Tensor& send,
       rust::Slice<const std::int32_t> to,

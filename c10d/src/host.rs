@@ -11,9 +11,9 @@ use crate::sync::lock;
 /// Size of a huge page. Smaller copies do not ask for them.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Memory of the last large copy that is no longer used, for the next one of the same shape. The system clears
-/// memory that is new to a process, and a virtual machine may have to get it first: that took several times
-/// as long as a copy.
+/// Memory of the last large copy that is no longer used, for the next one of the same shape. The system
+/// clears memory that is new to a process, and a virtual machine may have to get it first: that took several
+/// times as long as a copy.
 static SPARE: Mutex<Option<Tensor>> = Mutex::new(None);
 
 /// The bytes of a tensor at one time, in memory of their own on the host.
@@ -21,8 +21,8 @@ static SPARE: Mutex<Option<Tensor>> = Mutex::new(None);
 pub struct HostCopy(Tensor);
 
 impl HostCopy {
-    /// Gets memory for the first copy of a tensor of `numel` floats, so that making the copy takes no longer than
-    /// that of later ones. Does nothing for a small one.
+    /// Gets memory for the first copy of a tensor of `numel` floats, so that making the copy takes no longer
+    /// than that of later ones. Does nothing for a small one.
     ///
     /// # Errors
     /// [`Error::Fatal`] if libtorch has no memory.
@@ -49,8 +49,8 @@ impl HostCopy {
     }
 }
 
-/// New memory for a copy. Much of it is asked for in huge pages: the first touch of each small page would take
-/// longer than the copy.
+/// New memory for a copy. Much of it is asked for in huge pages: the first touch of each small page would
+/// take longer than the copy.
 fn empty(size: &[i64], kind: Kind) -> Result<Tensor, Error> {
     let memory = Tensor::f_empty(size, (kind, Device::Cpu))?;
     let bytes = bytes_of(&memory);

@@ -66,8 +66,8 @@ pub use convert::{activity_to_wire, checked_status};
 pub use error::Malformed;
 pub use shown::{printable, printable_name, printable_start};
 
-/// Version of the wire contract, and of how the members of a group exchange sums. A worker with another version
-/// is refused at its hello.
+/// Version of the wire contract, and of how the members of a group exchange sums. A worker with another
+/// version is refused at its hello.
 pub const PROTOCOL: u32 = 3;
 
 /// Largest message that either side accepts, in bytes.

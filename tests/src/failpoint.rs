@@ -3,8 +3,8 @@
 //! They are the programs that users run, with a function for the failpoints: with
 //! `GANGLION_FAILPOINT=POINT@NUMBER:FILE` in its environment, the first process of a run that reaches the point with
 //! that number creates the file and kills itself. The others find the file and go on. With the prefix `hang:`, only
-//! the thread at the point stops, for ever. With `GANGLION_PAUSE=POINT:MILLISECONDS` each thread sleeps whenever it is
-//! there.
+//! the thread at the point stops, for ever. With `GANGLION_PAUSE=POINT:MILLISECONDS` each thread sleeps
+//! whenever it is there.
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};

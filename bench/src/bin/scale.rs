@@ -46,7 +46,8 @@ struct Figures {
     processor: f64,
     /// From the decision on the first group to its first step, without the sleep.
     first: f64,
-    /// From the death of a member to the next step, without the sleep of that step. Survivors finish their sleep first.
+    /// From the death of a member to the next step, without the sleep of that step. Survivors finish their
+    /// sleep first.
     regroup: f64,
 }
 
@@ -183,7 +184,7 @@ fn table(route: Route, figures: &[Figures]) -> String {
 /// A link between machines that the model assumes: seconds a message, bytes a second.
 const LINK: (f64, f64) = (50e-6, 25e9 / 8.0);
 
-/// What an exchange of `floats` takes with a core for each worker, in seconds: by rounds (two for each level
+/// Time of an exchange of `floats` with a core for each worker, in seconds: by rounds (two for each level
 /// of the tree, which halve what is sent), and by chunks (all to all, then a ring).
 fn modelled(workers: u32, floats: f64) -> [f64; 2] {
     let (message, bytes_a_second) = LINK;

@@ -401,8 +401,8 @@ impl Shell {
         }
     }
 
-    /// Takes over a checkpoint that members saved by themselves, if it is newer than the newest known one, with
-    /// the rows that they left beside it.
+    /// Takes over a checkpoint that members saved by themselves, if it is newer than the newest known one,
+    /// with the rows that they left beside it.
     fn found(&mut self, newest: Option<Checkpoint>, rows: Vec<MetricsRow>) -> Result<(), ShellError> {
         let known = self.machine.checkpoint().map(|checkpoint| checkpoint.position);
         let newer = newest.filter(|newest| known.is_none_or(|known| known < newest.position));

@@ -194,7 +194,7 @@ pub struct Progress {
     screen: Screen,
     bar: Option<ProgressBar>,
     total_steps: u64,
-    /// What the job's samples are called.
+    /// Name of the job's samples.
     samples: &'static str,
     pace: Pace,
     /// Time of the row that was last printed as a plain line, in seconds of Unix time.

@@ -37,9 +37,9 @@ pub(crate) fn accelerator(device: Device) -> Result<Option<Accelerator>, c10d::E
     }
 }
 
-/// What the bits of a GPU depend on, for the fingerprint of the environment: kernels divide their work by its
-/// multiprocessors, and libraries choose kernels by its kind, their own version and their settings. Nothing
-/// for the CPU.
+/// Facts that the bits of a GPU depend on, for the fingerprint of the environment: kernels divide their work
+/// by its multiprocessors, and libraries choose kernels by its kind, their own version and their settings.
+/// Nothing for the CPU.
 ///
 /// # Errors
 /// There is no such GPU.

@@ -190,8 +190,8 @@ impl Drop for Archive {
 impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
-        // Beside the first steps, and not slower than them: the first checkpoint may be near. A state that finds no
-        // memory now says so when it is saved.
+        // Beside the first steps, and not slower than them: the first checkpoint may be near. A state that
+        // finds no memory now says so when it is saved.
         if let Err(error) = HostCopy::prepare(context.model.layout.len) {
             tracing::debug!("no memory for the first snapshot yet: {error}");
         }

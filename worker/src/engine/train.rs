@@ -144,8 +144,8 @@ impl Trainer {
             self.session.leaf_done(course.laps.leaf(shard));
             all_reduce.add(shard, grad);
         }
-        // Launches return at once: only here is it known how long a GPU takes, by which the coordinator judges
-        // whether a worker is late.
+        // Launches return at once: only here is it known how long a GPU takes, by which the coordinator
+        // judges whether a worker is late.
         device::wait(self.device).map_err(TeamError::Compute)?;
         let took = course.laps.lap(Part::Compute);
         if self.device.is_cuda() {

@@ -110,8 +110,8 @@ pub(super) fn double(x: &Tensor) -> Tensor {
 }
 
 fn filter(like: &Tensor, scale: f64, features: i64) -> Tensor {
-    // [1, 3, 3, 1], computed: values copied into a tensor would not be recorded when the network is traced, and
-    // a GPU would be waited for.
+    // [1, 3, 3, 1], computed: values copied into a tensor would not be recorded when the network is traced,
+    // and a GPU would be waited for.
     let side = (Tensor::arange(4, (Kind::Float, like.device())) - 1.5).abs() * -2.0 + 4.0;
     let square = (side.view([4, 1]) * side.view([1, 4]) * scale).to_kind(like.kind());
     square.expand([features, 1, 4, 4], false).contiguous()

@@ -152,8 +152,8 @@ impl Summand for ShardGrad {
     }
 }
 
-/// Largest number of ranks for which two collectives take less time than more rounds of fewer messages. Measured
-/// over loopback, where the rounds took 1.2 times as long for 4 ranks, 1.05 for 8, and 0.8 for 16.
+/// Largest number of ranks for which two collectives take less time than more rounds of fewer messages.
+/// Measured over loopback, where the rounds took 1.2 times as long for 4 ranks, 1.05 for 8, and 0.8 for 16.
 const FEW: usize = 8;
 
 /// Length of the part of a sum that each rank finishes. Whole alignments: a chunk that ended between would be

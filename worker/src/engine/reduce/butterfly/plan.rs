@@ -18,18 +18,18 @@ use super::super::tree::{Node, cover};
 pub(super) struct Part {
     /// The node.
     pub node: Node,
-    /// Its buffer on this rank, among those of the nodes that this rank sums alone.
+    /// Index of its buffer on this rank, among those of the nodes that this rank sums alone.
     pub buffer: usize,
     /// Chunks, one after the other.
     pub chunks: Range<usize>,
 }
 
-/// What one rank sends another in a round. Both order it by node, then by chunk.
+/// Parts that one rank sends another in a round. Both order them by node, then by chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Message {
     /// The other rank.
     pub rank: usize,
-    /// What the message carries. Of a received one the buffers are those that it is added to.
+    /// Parts in it. Of a received one the buffers are those that they are added to.
     pub parts: Vec<Part>,
 }
 
