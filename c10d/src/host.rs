@@ -14,7 +14,21 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Memory of the last large copy that is no longer used, for the next one of the same shape. The system
 /// clears memory that is new to a process, and a virtual machine may have to get it first: that took several
 /// times as long as a copy.
-static SPARE: Mutex<Option<Tensor>> = Mutex::new(None);
+static SPARE: Mutex<Spare> = Mutex::new(Spare { memory: None, is_kept: true });
+
+struct Spare {
+    memory: Option<Tensor>,
+    /// Whether the memory of copies is kept at all.
+    is_kept: bool,
+}
+
+impl Spare {
+    fn keep(&mut self, memory: Tensor) {
+        if self.is_kept {
+            self.memory = Some(memory);
+        }
+    }
+}
 
 /// The bytes of a tensor at one time, in memory of their own on the host.
 #[derive(Debug)]
@@ -31,9 +45,14 @@ impl HostCopy {
         let mut memory = empty(&[numel], Kind::Float)?;
         if bytes_of(&memory) >= HUGE_PAGE {
             let _ = no_grad(|| memory.f_zero_())?;
-            lock(&SPARE).get_or_insert(memory);
+            lock(&SPARE).keep(memory);
         }
         Ok(())
+    }
+
+    /// Frees the memory that is kept for the next copy, and keeps none from now on: no more copies are to come.
+    pub fn keep_no_memory() {
+        *lock(&SPARE) = Spare { memory: None, is_kept: false };
     }
 
     /// Copies a tensor. A large copy goes into the memory of the one before.
@@ -42,7 +61,7 @@ impl HostCopy {
     /// [`Error::Fatal`] if libtorch has no memory, or a device fails.
     pub fn of(tensor: &Tensor) -> Result<HostCopy, Error> {
         let fits = |spare: &mut Tensor| spare.size() == tensor.size() && spare.kind() == tensor.kind();
-        let spare = lock(&SPARE).take_if(fits);
+        let spare = lock(&SPARE).memory.take_if(fits);
         let mut copy = spare.map_or_else(|| empty(&tensor.size(), tensor.kind()), Ok)?;
         no_grad(|| copy.f_copy_(tensor))?;
         Ok(HostCopy(copy))
@@ -83,7 +102,7 @@ impl Drop for HostCopy {
     fn drop(&mut self) {
         if bytes_of(&self.0) >= HUGE_PAGE {
             // The newest: that of another shape will hardly be asked for again.
-            *lock(&SPARE) = Some(std::mem::replace(&mut self.0, Tensor::new()));
+            lock(&SPARE).keep(std::mem::replace(&mut self.0, Tensor::new()));
         }
     }
 }

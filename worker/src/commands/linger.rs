@@ -34,6 +34,8 @@ impl Stay {
 
     /// Releases the memory that was kept for training, and waits for one of the signals.
     pub(crate) fn until_asked_to_end(mut self) -> Result<(), c10d::Error> {
+        // The saving thread may end later, with the last copy.
+        c10d::HostCopy::keep_no_memory();
         c10d::aten::release_memory()?;
         let mut hangup = self.hangup;
         let hung_up = async {
