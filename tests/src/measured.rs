@@ -40,6 +40,15 @@ pub fn cores() -> u32 {
     u32::try_from(cores).unwrap_or(u32::MAX)
 }
 
+/// Returns the processor time that a process has used, in seconds; 0 once it is gone.
+pub fn processor_time(pid: i32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let number = |field: usize| after_name.split_whitespace().nth(field)?.parse::<u32>().ok();
+    // Linux counts processor time in hundredths of a second on every machine.
+    f64::from(number(11).unwrap_or(0) + number(12).unwrap_or(0)) / 100.0
+}
+
 /// Whether this machine's CPU has instructions for bf16.
 pub fn computes_bf16() -> bool {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

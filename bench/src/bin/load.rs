@@ -18,6 +18,7 @@ use ganglion_proto::clock;
 use ganglion_proto::message::{self, FromWorker, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
 use ganglion_proto::wire::{Assignment, SessionResponse};
+use ganglion_tests::measured::processor_time;
 use ganglion_tests::wire::{Stranger, connect, hello};
 use ganglion_tests::{Run, eventually};
 use prost::Message as _;
@@ -181,15 +182,10 @@ struct Usage {
 }
 
 fn usage(pid: i32) -> Usage {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the coordinator runs");
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    let number = |field: usize| after_name.split_whitespace().nth(field).and_then(|text| text.parse().ok());
-    let ticks: u32 = number(11).unwrap_or(0u32) + number(12).unwrap_or(0u32);
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the coordinator runs");
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib: u64 = resident.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0);
-    // Linux counts processor time in hundredths of a second on every machine.
-    Usage { processor: f64::from(ticks) / 100.0, memory: kib >> 10, at: Instant::now() }
+    Usage { processor: processor_time(pid), memory: kib >> 10, at: Instant::now() }
 }
 
 /// Time at which the coordinator decided to form a generation.

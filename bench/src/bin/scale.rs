@@ -4,13 +4,12 @@
 #![forbid(unsafe_code)]
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
 
-use ganglion_tests::measured::{cores, date, load, machine, now, try_part, write_part};
+use ganglion_tests::measured::{cores, date, load, machine, now, processor_time, try_part, write_part};
 use ganglion_tests::{Run, Tail, send};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -115,14 +114,7 @@ fn steps_between(first: &Value, last: &Value) -> f64 {
 
 /// Processor time that processes have used, in seconds.
 fn processor(pids: &[i32]) -> f64 {
-    let of = |pid: &i32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let after_name = stat.rsplit(')').next().unwrap_or_default().to_string();
-        let number = |field: usize| after_name.split_whitespace().nth(field)?.parse::<u32>().ok();
-        // Linux counts processor time in hundredths of a second on every machine.
-        f64::from(number(11).unwrap_or(0) + number(12).unwrap_or(0)) / 100.0
-    };
-    pids.iter().map(of).sum()
+    pids.iter().map(|pid| processor_time(*pid)).sum()
 }
 
 /// A straight line through points, by least squares: its value at 0 and its slope.

@@ -5,11 +5,9 @@ use std::sync::Arc;
 
 use ganglion_proto::job::{Data, Family, Job};
 use ganglion_proto::manifest;
-use ganglion_proto::out;
 use ganglion_storage::run::{self, RunName, Shelf};
 use ganglion_storage::{MANIFEST, in_folder};
 use tch::Device;
-use tracing::Level;
 
 use crate::checkpoint::{CheckpointError, Files, Snapshot};
 use crate::commands::error::Failure;
@@ -49,10 +47,8 @@ impl Restored {
     /// # Errors
     /// There is no such run, or any of this cannot be read.
     pub(crate) fn open(name: Option<&RunName>) -> Result<Restored, Failure> {
+        // Which run it is was told with its weights.
         let run = run::chosen(name)?;
-        if let Some(told) = run.told {
-            out::tell(Level::INFO, &told);
-        }
         let file = run.folder.join("job.toml");
         let shown = file.display();
         let text = std::fs::read_to_string(&file).map_err(|error| {

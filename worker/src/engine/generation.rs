@@ -2,8 +2,8 @@
 //!
 //! 1. The first collective compares every member's view of the group's identity; a worker that belongs to
 //!    another group is detected before it can touch anyone's state.
-//! 2. Before the first phase all members have compared the fingerprint of the whole state: of the one that each
-//!    drew, or with that of the member that gave it (`state_sync`).
+//! 2. Before the first phase all members have compared the fingerprint of the whole state: of the one that
+//!    each drew, or with that of the member that gave it (`state_sync`).
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};

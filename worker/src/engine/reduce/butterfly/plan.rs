@@ -68,7 +68,7 @@ pub(super) struct Plan {
     pub back: Vec<Round>,
 }
 
-/// Who holds which chunk.
+/// Holders of the chunks of each node's sum.
 struct Holders<'a> {
     shards: &'a ShardMap,
     /// Number of levels below the root.
@@ -171,7 +171,7 @@ fn turns(rank: usize, holders: &Holders<'_>, held: &[Part]) -> (Vec<Turn>, Vec<P
             alone.push(part.clone());
             continue;
         }
-        let is_right = part.node > sibling;
+        let is_right = part.node.is_right();
         for chunk in part.chunks.clone() {
             let keeps = holders.is_right(chunk, part.node.level) == is_right;
             let has = |held: &&Part| held.node == sibling && held.chunks.contains(&chunk);
