@@ -6,7 +6,6 @@ PYTHON ?= python3
 CARGO ?= cargo
 DEMO_DIR ?= runs/mnist-mlp
 WORKERS ?= 2
-MINUTES ?= 10
 SEEDS ?= 100000
 SHELL_SEEDS ?= 1000
 SESSIONS ?= 100 500 1000 2000
@@ -20,7 +19,7 @@ KILLS ?= 100
 RESTARTS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-bench build-tests demo bench bench-functions bench-gpu bench-load bench-recovery scale test test-bench golden simulate simulate-planted simulate-shell chaos check fmt lint style modules features unused docs licences proto-lint proto-breaking proto-contract clean \
+.PHONY: help setup build build-bench build-tests demo bench bench-functions bench-gpu bench-load bench-recovery scale test test-bench golden simulate simulate-planted simulate-shell chaos soak check fmt lint style modules features unused docs licences proto-lint proto-breaking proto-contract clean \
 	advisories pins update-pins requirements sbom check-sbom wheel image release check-alerts test-browser test-cloud test-deploy test-pytorch test-kubernetes
 
 help: ## Show what there is to make.
@@ -121,6 +120,9 @@ golden: build-tests ## Compare the bits of this tree with those of another commi
 
 chaos: build-tests ## Disturb real runs at random, for MINUTES=10, and demand the same bits (SEED=x to repeat).
 	MINUTES=$(MINUTES) target/release/chaos
+
+soak: build-tests ## Disturb a run now and then for MINUTES=60: its memory, descriptors and threads must stay flat.
+	MINUTES=$(MINUTES) target/release/soak
 
 records-page: ## Write docs/records.md, the reference of metrics.jsonl and events.jsonl, from their types.
 	$(CARGO) run --release --locked --quiet -p ganglion-proto --example records_page > docs/records.md.new
