@@ -6,6 +6,7 @@ pub(crate) mod evaluate;
 pub(crate) mod generator_file;
 pub mod join;
 pub(crate) mod linger;
+pub(crate) mod probe;
 pub mod program;
 pub(crate) mod restored;
 pub(crate) mod sample;

@@ -25,6 +25,7 @@ use crate::commands::error::Failure;
 use crate::commands::evaluate::{Eval, TrainClassifier, eval, train_classifier};
 use crate::commands::join::{Released, SPAWN_TOKEN, run};
 use crate::commands::linger::Stay;
+use crate::commands::probe::{Probe, probe};
 use crate::commands::sample::{Export, Interpolate, Sample, export, interpolate, sample};
 use crate::data::check::{Look, check};
 use crate::device::{DeviceChoice, gpus};
@@ -83,6 +84,8 @@ enum Command {
     Eval(Eval),
     /// Prints the number of GPUs that workers can use on this machine.
     Gpus,
+    /// Computes the gradients of a run's job on a device, and compares them with those of the CPU.
+    Probe(Probe),
     /// Reads every sample of a data set, for `coordinator data check`.
     #[command(hide = true)]
     CheckData(CheckData),
@@ -137,6 +140,7 @@ fn obey(cli: Cli) -> Result<(), Failure> {
             drop(progress);
             Ok(out::print(&count.to_string())?)
         }
+        (Some(Command::Probe(arguments)), _) => probe(&arguments),
         (Some(Command::CheckData(arguments)), _) => check_data(&arguments),
         (Some(Command::Eval(arguments)), _) => eval(&arguments),
         (Some(Command::TrainClassifier(arguments)), _) => train_classifier(&arguments),

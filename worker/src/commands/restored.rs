@@ -26,6 +26,36 @@ pub(crate) struct Restored {
     snapshot: Snapshot,
 }
 
+/// A run, with its job and its data.
+pub(crate) struct Chosen {
+    run: run::Chosen,
+    /// File of the job.
+    file: PathBuf,
+    /// Its job.
+    pub job: Job,
+    /// Its data.
+    pub data: DataSet,
+}
+
+impl Chosen {
+    /// Reads a run's job, and opens its data.
+    ///
+    /// # Errors
+    /// There is no such run, or any of this cannot be read.
+    pub(crate) fn open(name: Option<&RunName>) -> Result<Chosen, Failure> {
+        // Which run it is was told with its weights.
+        let run = run::chosen(name)?;
+        let file = run.folder.join("job.toml");
+        let shown = file.display();
+        let text = std::fs::read_to_string(&file)
+            .map_err(|error| Failure::Input(format!("{shown}: {error}; this needs the job of a run")))?;
+        let job = Job::from_toml(&text)
+            .map_err(|error| Failure::Input(format!("{shown}: {error}; use the version that trained it")))?;
+        let data = opened(&job, &job.data).map_err(EvalError::from)?;
+        Ok(Chosen { run, file, job, data })
+    }
+}
+
 /// Scalars of held-out samples, by name.
 pub(crate) struct OwnScalars {
     /// The scalars.
@@ -47,16 +77,8 @@ impl Restored {
     /// # Errors
     /// There is no such run, or any of this cannot be read.
     pub(crate) fn open(name: Option<&RunName>) -> Result<Restored, Failure> {
-        // Which run it is was told with its weights.
-        let run = run::chosen(name)?;
-        let file = run.folder.join("job.toml");
+        let Chosen { run, file, job, data } = Chosen::open(name)?;
         let shown = file.display();
-        let text = std::fs::read_to_string(&file).map_err(|error| {
-            Failure::Input(format!("{shown}: {error}; held-out samples are evaluated by the job of a run"))
-        })?;
-        let job = Job::from_toml(&text)
-            .map_err(|error| Failure::Input(format!("{shown}: {error}; use the version that trained it")))?;
-        let data = opened(&job, &job.data).map_err(EvalError::from)?;
         let unsuitable = |error: objective::Unsuitable| Failure::Input(format!("{shown}: {error}"));
         let objective = objective::make(&job, &data, Device::Cpu).map_err(unsuitable)?;
         let model = Model::new(objective, job.job.precision).map_err(unsuitable)?;

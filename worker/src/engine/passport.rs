@@ -11,7 +11,7 @@ use crate::data::DataSet;
 use crate::device;
 use crate::engine::commit::commit;
 use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::{Model, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
+use crate::objective::{Model, Phase, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
 use crate::state::{State, narrow};
 
 /// Version of this program's arithmetic: two builds with the same number compute the same bits, and may
@@ -68,22 +68,16 @@ pub(crate) fn take(
     Ok(Passport(items.chain(gpu).chain(exclusions).chain(probe.objective.fingerprint()).collect()))
 }
 
-/// Runs the first phase of each name once from the initial state, on substitutes for a few images, and
-/// hashes the gradients and the state after the commits.
+/// Hashes the gradients of [each phase](each_phase), and the state after their commits.
 fn hashes(
     model: &Model,
     seed: u64,
     batch: &ShardBatch,
     device: Device,
 ) -> Result<(String, String), c10d::Error> {
-    let mut state = State::initial(model.layout.clone(), seed, device);
-    let mut compute = model.objective.begin();
     let mut gradients = blake3::Hasher::new();
-    let mut names = HashSet::new();
-    for phase in model.phases().iter().copied().filter(|phase| names.insert(model.name(*phase))) {
+    let state = each_phase(model, seed, batch, device, |state, phase, gradient| {
         let layout = model.gradient(phase);
-        let mut gradient = ShardGrad::new(layout, layout.len(), device);
-        compute.gradient(ShardAt { phase, step: 0, shard: 0 }, &state, Some(batch), &mut gradient)?;
         // Diagnostics decide nothing: a build that has others computes the same bits.
         for (at, scalar) in layout.scalar_range().zip(layout.scalars()) {
             if scalar.role == ScalarRole::Diagnostic {
@@ -91,10 +85,34 @@ fn hashes(
             }
         }
         gradients.update(&to_bytes(&gradient.flat));
-        commit(model, &mut state, phase, &gradient.flat, 0)?;
-    }
+        commit(model, state, phase, &gradient.flat, 0)
+    })?;
     let state_hash = blake3::hash(&to_bytes(&state.flat));
     Ok((hex(gradients.finalize().as_bytes()), hex(state_hash.as_bytes())))
+}
+
+/// Computes the first phase of each name once from the initial state, and hands its gradient to `then`, which
+/// may commit it; returns the state.
+///
+/// # Errors
+/// It cannot be computed, or `then` fails.
+pub(crate) fn each_phase(
+    model: &Model,
+    seed: u64,
+    batch: &ShardBatch,
+    device: Device,
+    mut then: impl FnMut(&mut State, Phase, &ShardGrad) -> Result<(), c10d::Error>,
+) -> Result<State, c10d::Error> {
+    let mut state = State::initial(model.layout.clone(), seed, device);
+    let mut compute = model.objective.begin();
+    let mut names = HashSet::new();
+    for phase in model.phases().iter().copied().filter(|phase| names.insert(model.name(*phase))) {
+        let layout = model.gradient(phase);
+        let mut gradient = ShardGrad::new(layout, layout.len(), device);
+        compute.gradient(ShardAt { phase, step: 0, shard: 0 }, &state, Some(batch), &mut gradient)?;
+        then(&mut state, phase, &gradient)?;
+    }
+    Ok(state)
 }
 
 /// The first 16 digits: enough to tell two hashes apart, short enough to read.
