@@ -110,7 +110,8 @@ class Generator(nn.Module):
     def __init__(self, sides: list[int], widths: list[int], channels: int, latent: int, depth: int) -> None:
         super().__init__()
         self.sides, self.latent = sides, latent
-        # The mapping learns a hundred times slower (Karras et al., 2019, appendix C).
+        # The mapping learns a hundred times slower (Karras et al., 2019, appendix C). For small data StyleGAN2-ADA has
+        # two layers (Karras et al., 2020a).
         self.mapping = nn.ModuleList([Linear(latent, latent, speed=0.01) for _ in range(depth)])
         self.start = nn.Parameter(torch.randn(1, widths[0], sides[0], sides[0]))
         pairs = list(zip(widths, widths[1:]))
@@ -214,8 +215,8 @@ class StyleGAN2(ganglion.Objective):
         width: int = 32,
         levels: int = 3,
         latent: int = 64,
-        depth: int = 8,
-        gamma: float = 0.1,
+        depth: int = 2,
+        gamma: float = 1.0,
     ) -> None:
         super().__init__()
         self.gamma = gamma
@@ -261,7 +262,7 @@ class StyleGAN2(ganglion.Objective):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--data", default="mnist-10k", help="square images, such as folder:pictures")
     parser.add_argument("--size", type=int, default=28, help="side of the images, a multiple of 4")
     parser.add_argument("--channels", type=int, default=1)
@@ -280,9 +281,15 @@ def main() -> None:
         gan = StyleGAN2(size, channels, arguments.width, levels)
     arguments.run_dir.parent.mkdir(parents=True, exist_ok=True)
     data = ganglion.images(channels, size)
-    package = ganglion.export(gan, arguments.run_dir.with_suffix(".pt2"), data=data, shard_batch=16)
+    package = ganglion.export(gan, arguments.run_dir.with_suffix(".pt2"), data=data, shard_batch=8)
+    # Batches of 4 x 8 = 32, as in the paper: the first samples are all alike, and only many updates part them.
     run = ganglion.train(
-        package, workers=arguments.workers, data=arguments.data, run_dir=arguments.run_dir, steps=arguments.steps
+        package,
+        workers=arguments.workers,
+        data=arguments.data,
+        run_dir=arguments.run_dir,
+        steps=arguments.steps,
+        data_shards=4,
     )
     print(ganglion.sample(run).path)
 

@@ -1,7 +1,11 @@
 //! The promise: the cluster never changes the result.
 #![allow(clippy::unwrap_used)] // a test may panic
 
-use ganglion_tests::{Reference, Run, SMALL_DCGAN, SMALL_MLP, failpoint};
+use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP, eventually, failpoint, send};
+use nix::sys::signal::Signal;
+
+/// Variable that names the part of the machine whose workers share memory; `off` for none.
+const MEMORY: &str = "GANGLION_SHARED_MEMORY";
 
 fn any_number_of_workers(model: &[&str], data_shards: &str) -> Reference {
     let settings = [model, &["job.steps=4", "loss.discriminator_steps=2"], &[data_shards]];
@@ -45,12 +49,42 @@ fn a_large_group_has_the_same_bits_over_the_network_and_through_a_death() {
         let run = Run::new(&settings).with_failpoints();
         let once = run.beside("once");
         let death = (failpoint::VARIABLE, format!("{point}:{}", once.display()));
-        let over_network = ("GANGLION_SHARED_MEMORY", "off".to_string());
+        let over_network = (MEMORY, "off".to_string());
         let ended = run.start_in(10, &[death, over_network]).wait();
         assert_eq!(ended.code, Some(0), "{}", ended.output);
         assert!(once.exists(), "no worker was killed");
         reference.equals(&format!("10 workers of which one died at {point}"), &run.digest());
     }
+}
+
+/// Workers of two machines: some messages go through memory and others over the network, also after a death.
+#[test]
+fn workers_of_two_machines_have_the_same_bits_through_a_death() {
+    let settings = [SMALL_MLP, &["job.steps=1000", "job.data_shards=7", "metrics.every_steps=1"]];
+    let reference = Reference::of(&settings);
+    let run = Run::new(&settings);
+    let coordinator = run.start_in(3, &[(MEMORY, "one".to_string())]);
+    let started = run.wait_for("coordinator_started", |_| true);
+    let join = |_| Process::worker_with(started["address"].as_str().unwrap(), &[(MEMORY, "other")]);
+    let joined: Vec<Process> = (0..2).map(join).collect();
+    let five = run.wait_for("generation_formed", |event| event["world_size"] == 5);
+    let is_of_five = |row: &serde_json::Value| row["generation"] == five["generation"];
+    eventually("a step of all five", || run.rows().into_iter().find(is_of_five));
+    let victim = run.pids(five["generation"].as_u64().unwrap()).into_iter().find(|pid| {
+        // Of the three.
+        joined.iter().all(|worker| worker.pid() != *pid)
+    });
+    send(victim.unwrap(), Signal::SIGKILL);
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.output);
+    for worker in joined {
+        let output = worker.wait().output;
+        assert!(output.contains("through memory to 1 worker, and over Gloo to the others"), "{output}");
+    }
+    let sizes: Vec<u64> = run.events().iter().filter_map(|event| event["world_size"].as_u64()).collect();
+    assert!(sizes.ends_with(&[5, 4]) || sizes.ends_with(&[5, 4, 5]), "{sizes:?}");
+    reference.equals("5 workers of two machines", &run.digest());
+    run.assert_audited();
 }
 
 /// Equal also before any sum: each data shard contributes the same to each update.

@@ -235,7 +235,7 @@ fn facts(
         sees_storage: false,
         shape: model.shape().clone(),
         gpu: place.as_deref().map(device::name),
-        host: device::machine(),
+        host: device::host(),
         left_out: data.left_out().to_vec(),
     })
 }

@@ -181,6 +181,21 @@ pub fn name(place: &str) -> String {
     format!("{}/{place}", machine().unwrap_or_default())
 }
 
+/// Variable that keeps a worker's messages out of memory shared with others, if it is `off`. Any other text
+/// names a part of the machine, and workers share memory with those of the same part.
+const SHARED_MEMORY: &str = "GANGLION_SHARED_MEMORY";
+
+/// Whether this worker may share memory with others.
+pub(crate) fn shares_memory() -> bool {
+    std::env::var_os(SHARED_MEMORY).is_none_or(|part| part != "off")
+}
+
+/// Name of the machine, or of the part of it, whose workers have neighbouring ranks; `None` if it has none.
+pub(crate) fn host() -> Option<String> {
+    let part = std::env::var(SHARED_MEMORY).ok().filter(|part| !part.is_empty() && part != "off");
+    Some(part.iter().fold(machine()?, |machine, part| format!("{machine}/{part}")))
+}
+
 /// Name of this machine, the same in all containers on it, and on no other machine; `None` if it has none.
 pub fn machine() -> Option<String> {
     // Two containers of one machine have the same, and no two machines do. A host's name is only nearly

@@ -14,24 +14,23 @@ use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
 use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::job::{Job, Reduction};
 use ganglion_proto::message::Assignment;
+use ganglion_proto::words::counted;
 use tch::{Device, Kind, Tensor};
 
 use super::finite::NonFinite;
 use super::gradient_log::LogError;
-use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap};
+use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap, Sharing};
 use super::report::Pending;
 use super::state_sync::{report, sync};
 use super::trainer::Held;
 use crate::checkpoint::CheckpointError;
+use crate::device;
 use crate::objective::Model;
 use crate::session::Session;
 use crate::state::State;
 
 /// Interval at which the wait for the group looks for an abort.
 const LOOK: Duration = Duration::from_millis(2);
-
-/// Variable that keeps a worker's reduces out of memory shared with others, if it is `off`.
-const SHARED_MEMORY: &str = "GANGLION_SHARED_MEMORY";
 
 /// Process group of one generation, with an all-reduce for each layout of gradients.
 pub(crate) struct Team {
@@ -108,19 +107,15 @@ impl Team {
         let (group, term) = meet(&shards, assignment, session, device)?;
         let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
-        let mut peers = Peers { group, timeout, shards, device, memory: None };
-        peers.memory = share(&peers, model, job.job.reduction)?;
+        let mut peers = Peers { group, timeout, shards, device, sharing: Sharing::None };
+        let hosts = introduce(&peers, &identity(session, assignment, term))?;
+        peers.sharing = share(&peers, &hosts, model, job.job.reduction)?;
         let layouts = model.reduces().iter();
         let all_reduce =
             |layout| AllReduce::new(peers.clone(), layout, job.global_batch(), job.job.reduction);
         let all_reduces = layouts.map(all_reduce).collect::<Result<_, _>>()?;
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
-        let team = Team { generation, skips, peers, all_reduces };
-        match team.compare("group", &identity(session, assignment, term)) {
-            // No state is wrong: a worker reached a group that is not its own.
-            Err(TeamError::Diverged(what)) => Err(TeamError::Fenced(what)),
-            compared => compared.map(|()| team),
-        }
+        Ok(Team { generation, skips, peers, all_reduces })
     }
 
     /// Gives every member the state of the assignment's update index, at index 0 the `fresh` one. `held` is
@@ -142,7 +137,11 @@ impl Team {
                     let what = format!("the state is at position {at}, not {position}");
                     return Err(TeamError::Diverged(what));
                 }
-                self.compare("state", &report(drawn)?)
+                let own = report(drawn)?;
+                match differing(&gather(&self.peers, &own)?, &own) {
+                    None => Ok(()),
+                    Some(rank) => Err(TeamError::Diverged(self.peers.differ(rank, "state"))),
+                }
             }
             Start::Healed(source) | Start::Checkpoint(source, _) => {
                 let from = (source.0 as usize, position, self.generation);
@@ -160,17 +159,37 @@ impl Team {
     pub(crate) fn all_reduce(&mut self, index: usize) -> &mut AllReduce {
         &mut self.all_reduces[index]
     }
+}
 
-    /// Fails unless all members have the same words.
-    fn compare(&self, what: &str, words: &[u64]) -> Result<(), TeamError> {
-        match gather(&self.peers, words)?.iter().position(|theirs| theirs != words) {
-            None => Ok(()),
-            Some(rank) => Err(TeamError::Diverged(format!(
-                "rank {rank} and rank {} differ in their {what} at the start of generation {}",
-                self.peers.shards.rank, self.generation
-            ))),
-        }
+impl Peers {
+    fn differ(&self, rank: usize, what: &str) -> String {
+        let own = self.shards.rank;
+        format!("rank {rank} and rank {own} differ in their {what} at the start of a generation")
     }
+}
+
+/// First rank whose words begin otherwise than `own`.
+fn differing(all: &[Vec<u64>], own: &[u64]) -> Option<usize> {
+    all.iter().position(|theirs| !theirs.starts_with(own))
+}
+
+/// Compares the identity of the group, and returns a word for each rank that those have in common that can share
+/// memory, by rank; 0 for one that shares with nobody.
+fn introduce(peers: &Peers, identity: &[u64]) -> Result<Vec<u64>, TeamError> {
+    let all = gather(peers, &[identity, &[sharing_word()]].concat())?;
+    match differing(&all, identity) {
+        None => Ok(all.iter().map(|words| words[identity.len()]).collect()),
+        // No state is wrong: a worker reached a group that is not its own.
+        Some(rank) => Err(TeamError::Fenced(peers.differ(rank, "group"))),
+    }
+}
+
+fn sharing_word() -> u64 {
+    let Some(host) = device::host().filter(|_| device::shares_memory()) else { return 0 };
+    // A process is found by its number, which belongs to a namespace.
+    let numbers = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    // Never 0.
+    xxhash_rust::xxh3::xxh3_64(format!("{host}/{}", numbers.display()).as_bytes()) | 1
 }
 
 /// Returns the words of all ranks, by rank.
@@ -186,29 +205,56 @@ pub(super) fn gather(peers: &Peers, words: &[u64]) -> Result<Vec<Vec<u64>>, Team
     Ok(all.chunks_exact(bytes.len()).map(words).collect())
 }
 
-/// Memory for the reduces of a group whose ranks are on one host; `None` where some are not, or where one
-/// cannot share any. All ranks get the same answer.
-fn share(peers: &Peers, model: &Model, reduction: Reduction) -> Result<Option<Memory>, TeamError> {
+/// Finds out which ranks share memory, by the words of their hosts. All ranks get the same answer.
+fn share(peers: &Peers, hosts: &[u64], model: &Model, reduction: Reduction) -> Result<Sharing, TeamError> {
     let shards = &peers.shards;
-    if shards.world_size() == 1 || peers.device != Device::Cpu || reduction == Reduction::Ring {
-        return Ok(None);
+    let (rank, world_size) = (shards.rank, shards.world_size());
+    let on_host = |host: u64| -> Vec<usize> { (0..world_size).filter(|rank| hosts[*rank] == host).collect() };
+    let can_share = |host: u64| host != 0 && on_host(host).len() > 1;
+    // Where the group is on more than one host, the others are reached rank by rank.
+    let is_possible = on_host(hosts[0]).len() == world_size || peers.group.exchanges();
+    if peers.device != Device::Cpu
+        || reduction == Reduction::Ring
+        || !is_possible
+        || !hosts.iter().any(|host| can_share(*host))
+    {
+        return Ok(Sharing::None);
     }
-    let slot = model.reduces().iter().map(|layout| Memory::slot(shards, layout.len())).max().unwrap_or(0);
-    let is_wanted = std::env::var_os(SHARED_MEMORY).is_none_or(|wanted| wanted != "off");
-    let own = if is_wanted { Segment::new(slot) } else { Err(c10d::Error::Fatal("turned off".into())) };
+    let ranks = if can_share(hosts[rank]) { on_host(hosts[rank]) } else { Vec::new() };
+    let slot = || model.reduces().iter().map(|layout| Memory::slot(shards, &ranks, layout.len())).max();
+    let alone = || c10d::Error::Fatal("no other worker is on this host".into());
+    let own = if ranks.is_empty() { Err(alone()) } else { Segment::new(slot().unwrap_or(0)) };
     // No process has the number 0: an offer of zeros is none.
-    let offers = gather(peers, &own.as_ref().map_or([0; OFFER_WORDS], Segment::offer))?;
-    let offers = offers.iter().filter_map(|offer| <[u64; OFFER_WORDS]>::try_from(&offer[..]).ok());
-    let offers: Vec<_> = offers.collect();
-    let joined = own.and_then(|own| Exchange::join(own, shards.rank, &offers));
-    // One rank may fail where the others do not, and then all must take the other way.
-    let all_joined = gather(peers, &[u64::from(joined.is_ok())])?.iter().flatten().all(|joined| *joined == 1);
-    match &joined {
-        Ok(_) if all_joined => tracing::info!("reduces go through memory that all workers share"),
-        Ok(_) => tracing::info!("reduces go over Gloo: some worker shares no memory"),
-        Err(reason) => tracing::info!("reduces go over Gloo: {reason}"),
+    let all = gather(peers, &own.as_ref().map_or([0; OFFER_WORDS], Segment::offer))?;
+    let offers: Vec<_> =
+        ranks.iter().filter_map(|rank| <[u64; OFFER_WORDS]>::try_from(&all[*rank][..]).ok()).collect();
+    let place = ranks.iter().position(|other| *other == rank).unwrap_or(0);
+    let joined = own.and_then(|own| Exchange::join(own, place, &offers));
+    // One rank may fail where the others of its host do not, and then all of them must take the other way.
+    let worked: Vec<bool> =
+        gather(peers, &[u64::from(joined.is_ok())])?.iter().map(|worked| *worked == [1]).collect();
+    let shares = |host: u64| can_share(host) && on_host(host).iter().all(|rank| worked[*rank]);
+    if let Err(reason) = &joined
+        && !ranks.is_empty()
+    {
+        tracing::info!("no memory is shared with the other workers of this host: {reason}");
     }
-    Ok(joined.ok().filter(|_| all_joined).map(Memory::new))
+    let memory = joined.ok().filter(|_| shares(hosts[rank])).map(|exchange| Memory::new(exchange, &ranks));
+    Ok(match memory {
+        Some(memory) if ranks.len() == world_size => {
+            tracing::info!("reduces go through memory that all workers share");
+            Sharing::All(memory)
+        }
+        memory if hosts.iter().any(|host| shares(*host)) => {
+            let near = counted(memory.as_ref().map_or(0, |_| ranks.len() - 1), "worker");
+            tracing::info!("reduces go through memory to {near}, and over Gloo to the others");
+            Sharing::Some(memory)
+        }
+        _ => {
+            tracing::info!("reduces go over Gloo: no workers share memory");
+            Sharing::None
+        }
+    })
 }
 
 /// Forms the process group, and returns it with the term of its store's coordinator. An abort ends the wait

@@ -13,7 +13,7 @@ use ganglion_proto::failpoint;
 use tch::{Kind, Tensor, no_grad};
 
 use super::generation::{TeamError, gather};
-use super::reduce::{Peers, Wait, pieces};
+use super::reduce::{Peers, Sharing, Wait, pieces};
 use super::report::Pending;
 use super::trainer::Held;
 use crate::objective::Model;
@@ -117,9 +117,9 @@ fn exchange(
     len: usize,
     side: &Side<'_>,
 ) -> Result<(), TeamError> {
-    let Peers { group, timeout, device, memory, .. } = peers;
+    let Peers { group, timeout, device, sharing, .. } = peers;
     // Each piece is bounded by the timeout of reduces; an abort of the group ends the wait at once.
-    if let Some(memory) = memory {
+    if let Sharing::All(memory) = sharing {
         let wait = Wait { group, timeout: *timeout, position: position.0 };
         let write = |piece: &Range<usize>, place: &Tensor| side.write(piece, place);
         return Ok(memory.pass(wait, len, write, |piece, places| side.read(piece, &places[source]))?);

@@ -36,8 +36,8 @@ use self::header::Folded;
 pub use self::header::Header;
 use self::pair::Pair;
 use self::ring::Ring;
-pub use self::shared::Memory;
 use self::shared::Shared;
+pub use self::shared::{Memory, Sharing};
 pub(super) use self::shared::{Wait, pieces};
 use self::tree::{Node, Summand, TreeSum, cover};
 use crate::engine::profile::{Laps, Part};
@@ -85,8 +85,8 @@ pub struct Peers {
     pub shards: ShardMap,
     /// Device of the buffers.
     pub device: Device,
-    /// Memory that all ranks share, if they are on one host.
-    pub memory: Option<Memory>,
+    /// Memory that ranks of one host share.
+    pub sharing: Sharing,
 }
 
 /// Assignment of data shards to the ranks of a group.
@@ -156,6 +156,14 @@ impl Summand for ShardGrad {
 /// Measured over loopback, where the rounds took 1.2 times as long for 4 ranks, 1.05 for 8, and 0.8 for 16.
 const FEW: usize = 8;
 
+/// Whether messages go in rounds: then with the memory that this rank shares with some others, if any.
+fn rounds_of(peers: &Peers, world_size: usize) -> Option<Option<Memory>> {
+    match &peers.sharing {
+        Sharing::Some(memory) => Some(memory.clone()),
+        _ => (peers.group.exchanges() && world_size > FEW).then_some(None),
+    }
+}
+
 /// Length of the part of a sum that each rank finishes. Whole alignments: a chunk that ended between would be
 /// divided by a kernel's scalar tail (D8).
 fn chunk_of(len: usize, world_size: usize) -> usize {
@@ -178,14 +186,14 @@ impl AllReduce {
         let route = match world_size {
             1 => Route::Alone,
             _ if reduction == Reduction::Ring => Route::Ring(Ring::new(world_size, len, device)?),
-            _ if let Some(memory) = &peers.memory => {
+            _ if let Sharing::All(memory) = &peers.sharing => {
                 let shared = Shared::new(memory.clone(), shards.clone(), layout.len());
                 len = shared.len;
                 Route::Shared(shared)
             }
             2 if shards.ranges.iter().all(has_one_node) => Route::Pair(Pair::new(shards.rank, len, device)?),
-            _ if peers.group.exchanges() && world_size > FEW => {
-                let butterfly = Butterfly::new(shards, layout.len(), device)?;
+            _ if let Some(memory) = rounds_of(&peers, world_size) => {
+                let butterfly = Butterfly::new(shards, memory, layout.len(), device)?;
                 len = butterfly.len();
                 Route::Butterfly(butterfly)
             }

@@ -12,24 +12,48 @@ use c10d::{Error, Group};
 use ganglion_proto::failpoint;
 use tch::{Tensor, no_grad};
 
+use super::butterfly::Butterfly;
 use super::header::Header;
 use super::tree::{Node, Summand, TreeSum, cover};
 use super::{Mean, ShardGrad, ShardMap, chunk_of};
 use crate::engine::profile::{Laps, Part};
 use crate::state::{ALIGNMENT, align, narrow};
 
-/// Memory that the ranks of a group share; all its exchanges go through it, one after the other.
+/// Which ranks of a group share memory. All of them know it, so that all take the same route.
 #[derive(Clone)]
-pub struct Memory(Arc<Mutex<Exchange>>);
+pub enum Sharing {
+    /// None.
+    None,
+    /// All.
+    All(Memory),
+    /// Some: this one with those of its host, or with nobody.
+    Some(Option<Memory>),
+}
+
+/// Memory that some ranks of a group share; all their exchanges go through it, one after the other.
+#[derive(Clone)]
+pub struct Memory {
+    exchange: Arc<Mutex<Exchange>>,
+    /// The ranks, in the order of their slots.
+    ranks: Arc<[usize]>,
+}
 
 impl Memory {
-    /// Takes over the exchange of a group.
-    pub fn new(exchange: Exchange) -> Memory {
-        Memory(Arc::new(Mutex::new(exchange)))
+    /// Takes over the exchange between these ranks.
+    pub fn new(exchange: Exchange, ranks: &[usize]) -> Memory {
+        Memory { exchange: Arc::new(Mutex::new(exchange)), ranks: ranks.into() }
     }
 
-    /// Number of floats that a slot needs for reduces of gradients of `len` floats.
-    pub fn slot(shards: &ShardMap, len: usize) -> usize {
+    /// The ranks that share it.
+    pub(super) fn ranks(&self) -> &[usize] {
+        &self.ranks
+    }
+
+    /// Number of floats that a slot needs for reduces of gradients of `len` floats, if `ranks` share it.
+    pub fn slot(shards: &ShardMap, ranks: &[usize], len: usize) -> usize {
+        if ranks.len() < shards.world_size() {
+            return Butterfly::slot(shards, ranks, len);
+        }
         let nodes = shards.ranges.iter().map(|range| cover(range.clone(), shards.data_shards).len());
         nodes.max().unwrap_or(1) * padded(shards, len) + ALIGNMENT
     }
@@ -63,9 +87,9 @@ impl Memory {
         passed
     }
 
-    fn lock(&self) -> MutexGuard<'_, Exchange> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Exchange> {
         // A panic on the way is the end of the process, whatever the memory holds.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.exchange.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

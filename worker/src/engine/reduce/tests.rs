@@ -36,14 +36,55 @@ pub(super) fn layout(numel: usize) -> GradLayout {
 /// Floats of the longest gradient of these tests.
 const LONGEST: usize = 1 << 12;
 
-/// Whether the ranks of a test share memory.
+/// Which ranks of a test share memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Over {
     Network,
     Memory,
+    /// The first two of three neighbours with each other, the third with nobody.
+    Neighbours,
+    /// Every second rank with every second.
+    InTurns,
 }
 
-const OVER: [Over; 2] = [Over::Network, Over::Memory];
+const OVER: [Over; 4] = [Over::Network, Over::Memory, Over::Neighbours, Over::InTurns];
+
+/// Ranks with which each rank shares memory.
+fn hosts(over: Over, world_size: usize) -> Vec<Vec<usize>> {
+    let host = |rank: usize| match over {
+        Over::Network => rank,
+        Over::Memory => 0,
+        Over::Neighbours => rank - usize::from(rank % 3 == 1),
+        Over::InTurns => rank % 2,
+    };
+    let with = |rank| (0..world_size).filter(|other| host(*other) == host(rank)).collect();
+    (0..world_size).map(with).collect()
+}
+
+/// What each rank shares.
+fn sharings(over: Over, of_rank: impl Fn(usize) -> ShardMap, world_size: usize) -> Vec<Sharing> {
+    let hosts = hosts(over, world_size);
+    let nobody = || hosts.iter().map(|_| Sharing::None).collect();
+    if hosts.iter().all(|ranks| ranks.len() == 1) {
+        return nobody();
+    }
+    let segment = |ranks: &Vec<usize>| Segment::new(Memory::slot(&of_rank(0), ranks, LONGEST)).unwrap();
+    let segments: Vec<Segment> = hosts.iter().map(segment).collect();
+    let offers: Vec<_> = segments.iter().map(Segment::offer).collect();
+    let ranks = segments.into_iter().enumerate().zip(&hosts);
+    ranks
+        .map(|((rank, own), ranks)| {
+            let place = ranks.iter().position(|other| *other == rank).unwrap();
+            let offers: Vec<_> = ranks.iter().map(|rank| offers[*rank]).collect();
+            let memory = || Memory::new(Exchange::join(own, place, &offers).unwrap(), ranks);
+            match ranks.len() {
+                1 => Sharing::Some(None),
+                all if all == world_size => Sharing::All(memory()),
+                _ => Sharing::Some(Some(memory())),
+            }
+        })
+        .collect()
+}
 
 /// Runs `part` as each rank of a group that shares `data_shards`; the results come in rank order.
 fn as_ranks<R: Send>(
@@ -55,12 +96,7 @@ fn as_ranks<R: Send>(
     let store = MemoryStore::new();
     let ranges = shard_ranges(data_shards, world_size);
     let of_rank = |rank: usize| ShardMap { data_shards, ranges: ranges.clone(), rank };
-    let segment = |_| Segment::new(Memory::slot(&of_rank(0), LONGEST)).unwrap();
-    let segments: Vec<Segment> = (0..world_size).map(segment).collect();
-    let offers: Vec<_> = segments.iter().map(Segment::offer).collect();
-    let join = |(rank, own)| Exchange::join(own, rank, &offers).unwrap();
-    let exchanges: Vec<Exchange> = segments.into_iter().enumerate().map(join).collect();
-    let rank_part = |rank: usize, exchange: Exchange| {
+    let rank_part = |rank: usize, sharing: Sharing| {
         let shards = of_rank(rank);
         let options = GlooOptions {
             rank,
@@ -70,13 +106,13 @@ fn as_ranks<R: Send>(
             address: GlooAddress::Hostname("127.0.0.1".to_string()),
         };
         let group = Group::gloo(options, Arc::clone(&store) as Arc<_>, "test").unwrap();
-        let memory = (over == Over::Memory && world_size > 1).then(|| Memory::new(exchange));
-        part(Peers { group: Arc::new(group), timeout: LIMIT, shards, device: Device::Cpu, memory })
+        part(Peers { group: Arc::new(group), timeout: LIMIT, shards, device: Device::Cpu, sharing })
     };
     let rank_part = &rank_part;
     thread::scope(|scope| {
-        let spawn = |(rank, exchange)| scope.spawn(move || rank_part(rank, exchange));
-        let ranks: Vec<_> = exchanges.into_iter().enumerate().map(spawn).collect();
+        let spawn = |(rank, sharing)| scope.spawn(move || rank_part(rank, sharing));
+        let sharings = sharings(over, of_rank, world_size as usize);
+        let ranks: Vec<_> = sharings.into_iter().enumerate().map(spawn).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
@@ -144,7 +180,11 @@ fn any_world_size_gives_the_bits_of_the_definition() {
         let tree = prop::collection::vec(leaf, data_shards as usize).new_tree(&mut runner).unwrap();
         let leaves = tree.current();
         let expected = definition(&leaves);
-        for (world_size, over) in (1..=data_shards).flat_map(|size| OVER.map(|over| (size, over))) {
+        // Each group takes a moment to meet.
+        let over = if data_shards % 5 == 1 { &OVER[..] } else { &OVER[..2] };
+        for (world_size, over) in
+            (1..=data_shards).flat_map(|size| over.iter().map(move |over| (size, *over)))
+        {
             let means = as_ranks(data_shards, world_size, over, |peers| {
                 let mut all_reduce = all_reduce(peers, &layout, Reduction::Tree);
                 // Often enough that each slot of shared memory is used again.

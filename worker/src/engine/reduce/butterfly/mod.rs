@@ -4,7 +4,10 @@
 //! others.
 //!
 //! The headers are folded on the way, so what a rank learns of all others has one length.
+//!
+//! Messages between ranks that share memory go through it, all others over the network, at the same time.
 
+mod near;
 mod plan;
 
 use std::collections::BTreeMap;
@@ -13,8 +16,10 @@ use c10d::{Buffer, Error, Group, Pending};
 use ganglion_proto::failpoint;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use self::near::{Came, Near};
 use self::plan::{Message, Part, Plan, Round};
 use super::header::{FOLDED, Folded, Header};
+use super::shared::Memory;
 use super::tree::Node;
 use super::{Mean, ShardGrad, ShardMap, Wait, arrived};
 use crate::engine::profile::{Laps, Part as Lap};
@@ -30,6 +35,8 @@ pub(super) struct Butterfly {
     sums: Vec<ShardGrad>,
     /// Headers of the ranks under each node.
     headers: BTreeMap<Node, Folded>,
+    /// Messages through memory. The plan has the others.
+    near: Option<Near>,
     /// Send and receive buffers of all rounds; `None` while they are lent to a collective.
     buffers: Option<(Buffer, Buffer)>,
     pending: Option<Pending<(Buffer, Buffer)>>,
@@ -44,16 +51,32 @@ enum Way<'a> {
     Back(&'a Mean),
 }
 
+impl Way<'_> {
+    fn is_back(self) -> bool {
+        matches!(self, Way::Back(_))
+    }
+}
+
 impl Butterfly {
-    /// Allocates the buffers for gradients of `len` floats.
-    pub(super) fn new(shards: &ShardMap, len: usize, device: Device) -> Result<Butterfly, Error> {
-        let plan = Plan::new(shards);
-        // Whole alignments, as in the other routes (D8).
-        let chunk = align(len.div_ceil(plan.chunks));
-        Butterfly::with(plan, shards.rank, chunk, device)
+    /// Allocates the buffers for gradients of `len` floats. `memory` is shared with some of the ranks.
+    pub(super) fn new(
+        shards: &ShardMap,
+        memory: Option<Memory>,
+        len: usize,
+        device: Device,
+    ) -> Result<Butterfly, Error> {
+        let mut plan = Plan::new(shards);
+        let chunk = chunk_of(&plan, len);
+        let near = memory.map(|memory| Near::new(memory, shards, &mut plan, chunk));
+        Ok(Butterfly { near, ..Butterfly::with(plan, shards.rank, chunk, device)? })
     }
 
-    /// Allocates the buffers for chunks of `chunk` floats.
+    /// Number of floats that a slot of memory needs that these ranks share, for gradients of `len` floats.
+    pub(super) fn slot(shards: &ShardMap, ranks: &[usize], len: usize) -> usize {
+        Near::slot(shards, ranks, chunk_of(&Plan::new(shards), len))
+    }
+
+    /// Allocates the buffers for chunks of `chunk` floats, with no memory that is shared.
     fn with(plan: Plan, rank: usize, chunk: usize, device: Device) -> Result<Butterfly, Error> {
         let most = |messages: fn(&Round) -> &Vec<Message>| {
             let rounds = plan.towards.iter().chain(&plan.back);
@@ -63,7 +86,8 @@ impl Butterfly {
         let memory = |len: usize| Buffer::zeros(len, Kind::Float, device);
         let buffers = (memory(most(|round| &round.sends))?, memory(most(|round| &round.receives))?);
         let (sums, headers) = (Vec::new(), BTreeMap::new());
-        Ok(Butterfly { plan, rank, chunk, sums, headers, buffers: Some(buffers), pending: None })
+        let (near, buffers) = (None, Some(buffers));
+        Ok(Butterfly { plan, rank, chunk, sums, headers, near, buffers, pending: None })
     }
 
     /// Number of floats in a sum, with the padding of its last chunk.
@@ -133,24 +157,73 @@ impl Butterfly {
             messages.iter().map(|message| (message.rank, floats(message, self.chunk))).collect()
         };
         let (to, from) = (places(&round.sends), places(&round.receives));
-        if to.is_empty() && from.is_empty() {
-            return Ok(());
+        if !to.is_empty() || !from.is_empty() {
+            // Gone if an earlier reduce failed: they belong to the old group (D6).
+            let (mut own, received) = self.buffers.take().ok_or(Error::Aborted)?;
+            own.update(|own| self.pack(&self.round(place, way).sends, way, own));
+            self.pending = Some(group.exchange(own, &to, received, &from)?);
         }
-        // Gone if an earlier reduce failed: they belong to the old group (D6).
-        let (mut own, received) = self.buffers.take().ok_or(Error::Aborted)?;
-        own.update(|own| self.pack(place, way, own));
-        self.pending = Some(group.exchange(own, &to, received, &from)?);
+        if let Some(near) = &self.near {
+            let round = near.round(place, way.is_back());
+            if round.is_busy {
+                let exchange = near.memory.lock();
+                let slot = exchange.own()?;
+                no_grad(|| self.pack(&round.sends, way, &slot));
+                exchange.publish();
+            }
+        }
         Ok(())
     }
 
     /// Waits for the messages of a round, and takes them in.
     fn take(&mut self, place: usize, way: Way<'_>, wait: Wait<'_>, laps: &mut Laps) -> Result<(), Error> {
+        // Both wait for the partners: bounded by the reduce limit, and ended at once by an abort.
+        let headers = self.take_near(place, way, wait, laps)?;
+        self.headers.extend(headers);
         let Some(pending) = self.pending.take() else { return Ok(()) };
-        // Waits for the partners: bounded by the reduce limit, and ended at once by an abort.
         let buffers = arrived(Some(pending), wait.timeout, laps)?;
-        self.unpack(place, way, buffers.1.tensor());
+        let (mut at, mut headers) = (0, Vec::new());
+        for message in &self.round(place, way).receives {
+            let len = floats(message, self.chunk);
+            headers.extend(self.unpack(message, way, &narrow(buffers.1.tensor(), at..at + len)));
+            at += len;
+        }
+        self.headers.extend(headers);
         self.buffers = Some(buffers);
         Ok(())
+    }
+
+    /// Takes in what the other ranks of the host have for this one; returns the headers.
+    fn take_near(
+        &self,
+        place: usize,
+        way: Way<'_>,
+        wait: Wait<'_>,
+        laps: &mut Laps,
+    ) -> Result<Vec<(Node, Folded)>, Error> {
+        let Some(near) = &self.near else { return Ok(Vec::new()) };
+        let round = near.round(place, way.is_back());
+        if !round.is_busy {
+            return Ok(Vec::new());
+        }
+        let mut headers = Vec::new();
+        let came = near.memory.lock().finish(
+            wait.timeout,
+            || wait.group.is_open(),
+            |slots| {
+                laps.lap(Lap::Wait);
+                for Came { message, sender, offset } in &round.receives {
+                    let theirs = narrow(&slots[*sender], *offset..offset + floats(message, self.chunk));
+                    headers.extend(no_grad(|| self.unpack(message, way, &theirs)));
+                }
+                Ok(())
+            },
+        );
+        if came.is_err() {
+            // The ranks are out of step, as after any collective that failed.
+            wait.group.aborter().abort();
+        }
+        came.map(|()| headers)
     }
 
     /// Node whose header is in front of parts.
@@ -161,15 +234,15 @@ impl Butterfly {
         }
     }
 
-    /// Writes the messages of a round.
-    fn pack(&self, place: usize, way: Way<'_>, out: &Tensor) {
+    /// Writes messages, one after the other.
+    fn pack(&self, messages: &[Message], way: Way<'_>, out: &Tensor) {
         let mut at = 0;
         let mut write = |from: &Tensor| {
             let len = from.numel();
             narrow(out, at..at + len).copy_(from);
             at += len;
         };
-        for parts in self.round(place, way).sends.iter().flat_map(Message::by_node) {
+        for parts in messages.iter().flat_map(Message::by_node) {
             write(&self.headers[&self.head(parts, way)].to_tensor());
             for part in parts {
                 // Copies, as the rest of the memory is added to while they travel.
@@ -181,8 +254,8 @@ impl Butterfly {
         }
     }
 
-    /// Takes the messages of a round in.
-    fn unpack(&mut self, place: usize, way: Way<'_>, received: &Tensor) {
+    /// Takes a message in; returns the headers in it.
+    fn unpack(&self, message: &Message, way: Way<'_>, received: &Tensor) -> Vec<(Node, Folded)> {
         let mut at = 0;
         let mut next = |len: usize| {
             at += len;
@@ -190,7 +263,7 @@ impl Butterfly {
         };
         let len = |part: &Part| part.chunks.len() * self.chunk;
         let mut headers = Vec::new();
-        for parts in self.round(place, way).receives.iter().flat_map(Message::by_node) {
+        for parts in message.by_node() {
             headers.push((self.head(parts, way), Folded::from_tensor(&next(FOLDED))));
             for part in parts {
                 let theirs = next(len(part));
@@ -200,7 +273,7 @@ impl Butterfly {
                 }
             }
         }
-        self.headers.extend(headers);
+        headers
     }
 
     /// Adds what lies on this rank, and makes the parents' headers.
@@ -241,6 +314,11 @@ impl Butterfly {
     fn of(&self, flat: &Tensor, part: &Part) -> Tensor {
         narrow(flat, part.chunks.start * self.chunk..part.chunks.end * self.chunk)
     }
+}
+
+/// Length of a chunk. Whole alignments, as in the other routes (D8).
+fn chunk_of(plan: &Plan, len: usize) -> usize {
+    align(len.div_ceil(plan.chunks))
 }
 
 /// Number of floats in a message.

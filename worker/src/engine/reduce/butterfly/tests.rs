@@ -56,7 +56,7 @@ impl Group {
             sent.push(messages.len());
             let lens: Vec<usize> = messages.iter().map(|message| floats(message, rank.chunk)).collect();
             let out = zeros(lens.iter().sum());
-            rank.pack(place, way(mean), &out);
+            rank.pack(messages, way(mean), &out);
             let mut at = 0;
             for (message, len) in messages.iter().zip(lens) {
                 let before = mail.insert((rank.rank, message.rank), narrow(&out, at..at + len).copy());
@@ -65,17 +65,13 @@ impl Group {
             }
         }
         for (rank, mean) in self.ranks.iter_mut().zip(&self.means) {
-            let receives = rank.round(place, way(mean)).receives.iter();
-            let came: Vec<Tensor> = receives
-                .map(|message| {
-                    let came = mail.remove(&(message.rank, rank.rank)).expect("a message that was sent");
-                    assert_eq!(came.numel(), floats(message, rank.chunk));
-                    came
-                })
-                .collect();
-            if !came.is_empty() {
-                rank.unpack(place, way(mean), &Tensor::cat(&came, 0));
+            let mut headers = Vec::new();
+            for message in &rank.round(place, way(mean)).receives {
+                let came = mail.remove(&(message.rank, rank.rank)).expect("a message that was sent");
+                assert_eq!(came.numel(), floats(message, rank.chunk));
+                headers.extend(rank.unpack(message, way(mean), &came));
             }
+            rank.headers.extend(headers);
             if !back {
                 rank.join(place);
             }
