@@ -176,6 +176,14 @@ void set_deterministic(bool deterministic) {
   context.setDeterministicCuDNN(deterministic);
 }
 
+void set_tf32(bool convolutions, bool products) {
+  auto& context = at::globalContext();
+  context.setAllowTF32CuDNN(convolutions);
+  context.setAllowTF32CuBLAS(products);
+  // Products of bf16 are summed in fp32 to the end, as on a CPU.
+  context.setAllowBF16ReductionCuBLAS(/*allow_reduced_precision=*/false);
+}
+
 rust::String c_library_version() { return std::string("glibc ") + gnu_get_libc_version(); }
 
 // glibc gives memory of tensors back whenever they are freed, and the kernel clears each page that it then

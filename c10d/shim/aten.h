@@ -31,6 +31,7 @@ rust::Vec<std::uint8_t> default_generator_state();
 rust::String cpu_capability();
 rust::String libtorch_version();
 void set_deterministic(bool deterministic);
+void set_tf32(bool convolutions, bool products);
 rust::String c_library_version();
 void keep_freed_memory();
 void trim_heap();

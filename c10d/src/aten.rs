@@ -172,6 +172,15 @@ pub fn set_deterministic(deterministic: bool) -> Result<(), Error> {
     Ok(shim::set_deterministic(deterministic)?)
 }
 
+/// Sets what CUDA's libraries may compute in TF32 in this process: convolutions, and products of matrices. Sums of
+/// products of bf16 they then keep in fp32.
+///
+/// # Errors
+/// [`Error::Fatal`] if libtorch fails.
+pub fn set_tf32(convolutions: bool, products: bool) -> Result<(), Error> {
+    Ok(shim::set_tf32(convolutions, products)?)
+}
+
 /// Returns the name and version of the C library at run time, such as `glibc 2.36`.
 ///
 /// # Errors

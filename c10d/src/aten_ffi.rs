@@ -77,6 +77,7 @@ pub(crate) mod shim {
         fn cpu_capability() -> Result<String>;
         fn libtorch_version() -> Result<String>;
         fn set_deterministic(deterministic: bool) -> Result<()>;
+        fn set_tf32(convolutions: bool, products: bool) -> Result<()>;
         fn c_library_version() -> Result<String>;
         fn keep_freed_memory() -> Result<()>;
         fn trim_heap() -> Result<()>;

@@ -90,6 +90,9 @@ pub struct General {
     pub non_finite: NonFinite,
     /// Number format of forward and backward passes.
     pub precision: Precision,
+    /// Use of TF32 in fp32 passes on GPUs.
+    #[serde(default, skip_serializing_if = "Tf32::is_default")]
+    pub tf32: Tf32,
     /// Order in which shard gradients are summed.
     pub reduction: Reduction,
     /// Whether only kernels may run that always give the same bits. Without it, two runs may
@@ -106,6 +109,26 @@ pub enum Precision {
     Fp32,
     /// bfloat16 weights and activations, cast from fp32 once a phase; the gradient penalty stays fp32.
     Bf16,
+}
+
+/// What GPUs compute in TF32 instead of fp32: numbers with 10 bits of precision, and several times as fast.
+/// CPUs compute all of it in fp32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tf32 {
+    /// Nothing.
+    Off,
+    /// Convolutions, as PyTorch does by default.
+    #[default]
+    Convolutions,
+    /// Convolutions and products of matrices.
+    All,
+}
+
+impl Tf32 {
+    fn is_default(&self) -> bool {
+        *self == Tf32::default()
+    }
 }
 
 /// Order in which shard gradients are summed.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use ganglion_proto::PHASES;
 use ganglion_proto::job::{
     ArchiveKind, Background, Checkpoint, ClassOrder, Data, DataKind, Fit, General, Job, Length, Metrics,
-    ModelKind, NonFinite, Orientation, Precision, Reduction, Sample,
+    ModelKind, NonFinite, Orientation, Precision, Reduction, Sample, Tf32,
 };
 
 use ganglion_storage::{Address, AddressError};
@@ -88,6 +88,7 @@ fn general(settings: &mut Settings, default_name: Option<&str>) -> General {
         failure_deadline: settings.number_or("job.failure_deadline", 0.5..=3600.0, 5.0),
         non_finite: settings.choice_or("job.non_finite", NonFinite::Skip),
         precision: settings.choice_or("job.precision", Precision::Fp32),
+        tf32: settings.choice_or("job.tf32", Tf32::default()),
         reduction: settings.choice_or("job.reduction", Reduction::Tree),
         deterministic: settings.flag_or("job.deterministic", true),
     }

@@ -66,6 +66,7 @@ pub(crate) fn sample_of_all() -> Job {
             failure_deadline: 5.0,
             non_finite: NonFinite::RollBack,
             precision: Precision::Bf16,
+            tf32: Tf32::All,
             reduction: Reduction::Ring,
             deterministic: true,
         },

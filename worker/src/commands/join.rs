@@ -168,6 +168,7 @@ fn load(
     tch::set_num_interop_threads(1);
     c10d::aten::keep_freed_memory().map_err(Failure::other)?;
     c10d::aten::set_deterministic(job.job.deterministic).map_err(Failure::other)?;
+    device::set_tf32(device, job.job.tf32).map_err(Failure::other)?;
     let data = opened(&job, &job.data).map_err(|error| match error.into_input() {
         Ok(detail) => Failure::Input(detail),
         Err(other) => Failure::Other(other.to_string()),

@@ -63,6 +63,8 @@ pub(crate) fn probe(arguments: &Probe) -> Result<(), Failure> {
     let chosen = Chosen::open(arguments.run.as_ref())?;
     let (job, data) = (&chosen.job, &chosen.data);
     crate::set_threads(job.job.threads);
+    c10d::aten::set_deterministic(job.job.deterministic).map_err(Failure::other)?;
+    device::set_tf32(device, job.job.tf32).map_err(Failure::other)?;
     let mut exact = job.clone();
     exact.job.precision = Precision::Fp32;
     let expected = gradients(&exact, data, Device::Cpu, 1)?;

@@ -5,6 +5,7 @@ pub(crate) mod gpu;
 use std::ffi::OsString;
 use std::str::FromStr;
 
+use ganglion_proto::job::Tf32;
 use ganglion_proto::package::Accelerator;
 use ganglion_proto::words::counted;
 use tch::{Cuda, Device};
@@ -54,6 +55,17 @@ pub(crate) fn gpu_facts(device: Device) -> Result<Vec<(&'static str, String)>, c
         ]),
         _ => Ok(Vec::new()),
     }
+}
+
+/// Lets a GPU compute in TF32 what a job says; CPUs compute in fp32.
+///
+/// # Errors
+/// None in practice.
+pub(crate) fn set_tf32(device: Device, tf32: Tf32) -> Result<(), c10d::Error> {
+    if !device.is_cuda() {
+        return Ok(());
+    }
+    c10d::aten::set_tf32(tf32 != Tf32::Off, tf32 == Tf32::All)
 }
 
 /// Waits until a GPU has computed all that was launched; returns at once for the CPU.

@@ -9,7 +9,7 @@ use ganglion_membership::{Assembly, Checkpoint as Saved, StepShape};
 use ganglion_proto::evaluation::{Alarms, Evaluation};
 use ganglion_proto::job::{
     Augmentation, Checkpoint, Data, General, Job, Length, Loss, LossKind, Metrics, Model, ModelKind,
-    NonFinite, Optimizer, OptimizerKind, OptimizerOptions, Precision, Reduction, Sample,
+    NonFinite, Optimizer, OptimizerKind, OptimizerOptions, Precision, Reduction, Sample, Tf32,
 };
 use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
@@ -34,6 +34,7 @@ pub(crate) fn job(model: ModelKind, loss: LossKind) -> Job {
             failure_deadline: 5.0,
             non_finite: NonFinite::Skip,
             precision: Precision::Fp32,
+            tf32: Tf32::default(),
             reduction: Reduction::Tree,
             deterministic: true,
         },
