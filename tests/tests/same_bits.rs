@@ -1,7 +1,9 @@
 //! The promise: the cluster never changes the result.
 #![allow(clippy::unwrap_used)] // a test may panic
 
-use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP, eventually, failpoint, send};
+use std::process::Command;
+
+use ganglion_tests::{Process, Reference, Run, SMALL_DCGAN, SMALL_MLP, eventually, failpoint, program, send};
 use nix::sys::signal::Signal;
 
 /// Variable that names the part of the machine whose workers share memory; `off` for none.
@@ -104,6 +106,30 @@ fn each_shard_gradient_has_the_same_bits_on_1_and_3_workers() {
     let alone = lines(1);
     assert_eq!(alone.len(), 16, "4 data shards in 4 updates");
     assert_eq!(lines(3), alone);
+}
+
+/// The same gradients in fp32, to the bit; in bf16 others, as far apart as 8 bits let them be, and always the same.
+#[test]
+fn a_probe_tells_how_far_a_device_is_from_fp32() {
+    for (model, precision) in
+        [SMALL_MLP, SMALL_DCGAN].into_iter().flat_map(|model| [(model, "fp32"), (model, "bf16")])
+    {
+        let run = Run::new(&[model, &["job.steps=1", &format!("job.precision={precision}")]]);
+        run.complete(1);
+        let mut probe = Command::new(program("worker"));
+        probe.arg("probe").arg(run.path("")).args(["--device", "cpu", "--json"]);
+        let ended = Process::start(probe).wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.output);
+        let told: serde_json::Value = serde_json::from_str(&ended.output).unwrap();
+        let phases = told["phases"].as_array().unwrap();
+        assert_eq!(phases.len(), 2, "{told}");
+        for phase in phases {
+            assert!(phase["repeats"] == true && phase["milliseconds"].as_f64() > Some(0.0), "{told}");
+            let distance = phase["gradient"].as_f64().unwrap();
+            let expected = if precision == "fp32" { 0.0..=0.0 } else { 1e-4..=0.3 };
+            assert!(expected.contains(&distance), "{model:?} in {precision}: {told}");
+        }
+    }
 }
 
 /// Enough data shards that a lone worker draws some samples twice, and three workers none.

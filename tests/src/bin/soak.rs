@@ -19,13 +19,8 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
 /// Settings of the job. Its workers pause in each phase, so that an undisturbed run catches up in minutes.
-const JOB: &[&str] = &[
-    "job.data_shards=6",
-    "job.failure_deadline=1.5",
-    "metrics.every_steps=5",
-    "sample.every_steps=2000",
-    "checkpoint.every_steps=1000",
-];
+const JOB: &[&str] =
+    &["job.data_shards=6", "metrics.every_steps=5", "sample.every_steps=2000", "checkpoint.every_steps=1000"];
 const PAUSE: &str = "reduce:5";
 /// Workers that the coordinator keeps.
 const WORKERS: u32 = 4;
@@ -127,7 +122,7 @@ fn undisturbed(steps: u64) -> Result<String, String> {
 }
 
 fn soak(minutes: u64, seed: u64) -> Result<(), String> {
-    let endless = Run::new(&[SMALL_MLP, JOB, &["job.steps=100000000"]]).with_failpoints();
+    let mut endless = Run::new(&[SMALL_MLP, JOB, &["job.steps=100000000"]]).with_failpoints();
     let coordinator = endless.start_in(WORKERS, &[(failpoint::PAUSE, PAUSE.to_string())]);
     endless.wait_for_step(100);
     let mut watched =
@@ -137,7 +132,11 @@ fn soak(minutes: u64, seed: u64) -> Result<(), String> {
     while Instant::now() < end {
         for process in &mut watched {
             let look = look(process.pid).filter(|_| is_running(process.pid));
-            process.looks.push(look.ok_or_else(|| format!("the watched {} ended", process.name))?);
+            let Some(look) = look else {
+                let (name, folder) = (process.name, endless.keep());
+                return Err(format!("the {name} ended, see {}:\n{}", folder.display(), coordinator.output()));
+            };
+            process.looks.push(look);
         }
         if rng.random_bool(LOOKS.as_secs_f64() / FAULTS.as_secs_f64()) {
             disturb(&endless, watched[1].pid, &mut joined, &mut rng);

@@ -399,6 +399,24 @@ pub(crate) const ROWS: &[Row] = &[
         ],
     },
     Row {
+        command: "worker probe",
+        line: "probe {run} --device cpu",
+        cells: &[
+            (FullDisk, "0 same bits | yes"),
+            (FullOutput, FULL),
+            (Device, "2 no run is there"),
+            (ClosedPipe, CLOSED),
+            (NanWeights, "0 same bits | yes"),
+            (DumbTerminal, "0 same bits | yes"),
+            (Narrow, "0 same bits | yes"),
+            (NoRun, "2 no run is there"),
+            (Finished, "0 same bits | yes"),
+            (JobCut, "2 job.toml"),
+            (JournalCut, "0 same bits | yes"),
+            (CheckpointCut, "0 same bits | yes"),
+        ],
+    },
+    Row {
         command: "worker train-classifier",
         line: "train-classifier --images {images} --labels {labels} --epochs 1 --out {out}",
         cells: &[

@@ -1,7 +1,6 @@
 //! Subcommand `worker probe`: the gradients of a job on a device, beside those on the CPU.
 
 use std::fmt::Write as _;
-use std::time::Instant;
 
 use clap::Args;
 use ganglion_proto::job::{Job, Precision};
@@ -118,8 +117,8 @@ fn gradients(job: &Job, data: &DataSet, device: Device, times: usize) -> Result<
     let batch = ShardBatch::stand_ins(job.job.seed, job.job.shard_batch, data.shape(), classes).to(device);
     let mut found: Vec<Found> = Vec::new();
     for time in 0..times {
-        let (mut at, mut begun) = (0, Instant::now());
-        each_phase(&model, job.job.seed, &batch, device, |_, phase, computed| {
+        let mut at = 0;
+        each_phase(&model, job.job.seed, &batch, device, |_, phase, computed, begun| {
             device::wait(device)?;
             let seconds = begun.elapsed().as_secs_f64();
             let (layout, flat) = (model.gradient(phase), computed.flat.to_device(Device::Cpu));
@@ -133,7 +132,7 @@ fn gradients(job: &Job, data: &DataSet, device: Device, times: usize) -> Result<
             let gradient = to_bytes(&narrow(&flat, layout.gradient()));
             known.repeats &= gradient == to_bytes(&known.gradient);
             known.seconds.push(seconds);
-            (at, begun) = (at + 1, Instant::now());
+            at += 1;
             Ok(())
         })
         .map_err(Failure::other)?;

@@ -2,6 +2,7 @@
 //! hashes that prove it.
 
 use std::collections::HashSet;
+use std::time::Instant;
 
 use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
@@ -76,7 +77,7 @@ fn hashes(
     device: Device,
 ) -> Result<(String, String), c10d::Error> {
     let mut gradients = blake3::Hasher::new();
-    let state = each_phase(model, seed, batch, device, |state, phase, gradient| {
+    let state = each_phase(model, seed, batch, device, |state, phase, gradient, _| {
         let layout = model.gradient(phase);
         // Diagnostics decide nothing: a build that has others computes the same bits.
         for (at, scalar) in layout.scalar_range().zip(layout.scalars()) {
@@ -92,7 +93,7 @@ fn hashes(
 }
 
 /// Computes the first phase of each name once from the initial state, and hands its gradient to `then`, which
-/// may commit it; returns the state.
+/// may commit it, with the time at which it began; returns the state.
 ///
 /// # Errors
 /// It cannot be computed, or `then` fails.
@@ -101,7 +102,7 @@ pub(crate) fn each_phase(
     seed: u64,
     batch: &ShardBatch,
     device: Device,
-    mut then: impl FnMut(&mut State, Phase, &ShardGrad) -> Result<(), c10d::Error>,
+    mut then: impl FnMut(&mut State, Phase, &ShardGrad, Instant) -> Result<(), c10d::Error>,
 ) -> Result<State, c10d::Error> {
     let mut state = State::initial(model.layout.clone(), seed, device);
     let mut compute = model.objective.begin();
@@ -109,8 +110,10 @@ pub(crate) fn each_phase(
     for phase in model.phases().iter().copied().filter(|phase| names.insert(model.name(*phase))) {
         let layout = model.gradient(phase);
         let mut gradient = ShardGrad::new(layout, layout.len(), device);
+        device::wait(device)?;
+        let begun = Instant::now();
         compute.gradient(ShardAt { phase, step: 0, shard: 0 }, &state, Some(batch), &mut gradient)?;
-        then(&mut state, phase, &gradient)?;
+        then(&mut state, phase, &gradient, begun)?;
     }
     Ok(state)
 }
