@@ -351,7 +351,7 @@ fn types_and_ranges_are_checked() {
         ("loss.gradient_penalty=-1", "must be at least 0.0"),
         ("job.deterministic=1", "expected true or false, such as true, but found"),
         ("job.precision=fp16", "there is no \"fp16\"; choose one of \"fp32\", \"bf16\""),
-        ("job.tf32=true", "choose one of \"off\", \"convolutions\", \"all\""),
+        ("job.tf32=some", "there is no \"some\"; choose one of \"off\", \"convolutions\", \"all\""),
         ("job.non_finite=ignore", "there is no \"ignore\"; choose one of \"skip\", \"roll-back\", \"stop\""),
         ("loss.kind=", "is empty"),
         ("loss.kind=wgan", "\"hinge\", \"wasserstein-gp\""),

@@ -12,6 +12,9 @@ pub(super) const LOOK: &str =
     "the worker's own lines before this say why; mend that, and give the same command again";
 /// Pause before the second replacement in a row that does not last; it doubles from there.
 const PAUSE: Duration = Duration::from_millis(250);
+/// Pause before a replacement while others train on: the start of a program takes a core from those that form their
+/// next group, for as long as that takes.
+pub(super) const ASIDE: Duration = Duration::from_millis(100);
 /// Largest number of replacements in a row that do not last.
 const REPLACEMENTS: u32 = 8;
 
@@ -51,7 +54,7 @@ impl Locals {
 
     fn pause(&self) -> Duration {
         match self.failures {
-            // The first replacement starts at once: most losses come alone.
+            // The first replacement does not wait for that: most losses come alone.
             0 | 1 => Duration::ZERO,
             // The power is bounded, as failures are counted on after replacement was given up.
             failures => PAUSE * 2u32.pow((failures - 2).min(REPLACEMENTS)),
@@ -85,7 +88,8 @@ impl Machine {
         }
         // Counted from this end, so that a program that dies at its start is not started in a tight
         // loop.
-        self.locals.next_spawn = self.now + self.locals.pause();
+        let aside = if self.group.is_some() && !self.workers.is_empty() { ASIDE } else { Duration::ZERO };
+        self.locals.next_spawn = self.now + self.locals.pause().max(aside);
         if self.locals.given_up() {
             let failures = self.locals.failures;
             let what =

@@ -207,29 +207,18 @@ pub(super) fn gather(peers: &Peers, words: &[u64]) -> Result<Vec<Vec<u64>>, Team
 
 /// Finds out which ranks share memory, by the words of their hosts. All ranks get the same answer.
 fn share(peers: &Peers, hosts: &[u64], model: &Model, reduction: Reduction) -> Result<Sharing, TeamError> {
-    let shards = &peers.shards;
-    let (rank, world_size) = (shards.rank, shards.world_size());
+    let world_size = hosts.len();
     let on_host = |host: u64| -> Vec<usize> { (0..world_size).filter(|rank| hosts[*rank] == host).collect() };
     let can_share = |host: u64| host != 0 && on_host(host).len() > 1;
     // Where the group is on more than one host, the others are reached rank by rank.
     let is_possible = on_host(hosts[0]).len() == world_size || peers.group.exchanges();
-    if peers.device != Device::Cpu
-        || reduction == Reduction::Ring
-        || !is_possible
-        || !hosts.iter().any(|host| can_share(*host))
-    {
+    let is_wanted = peers.device == Device::Cpu && reduction != Reduction::Ring;
+    if !is_wanted || !is_possible || !hosts.iter().any(|host| can_share(*host)) {
         return Ok(Sharing::None);
     }
-    let ranks = if can_share(hosts[rank]) { on_host(hosts[rank]) } else { Vec::new() };
-    let slot = || model.reduces().iter().map(|layout| Memory::slot(shards, &ranks, layout.len())).max();
-    let alone = || c10d::Error::Fatal("no other worker is on this host".into());
-    let own = if ranks.is_empty() { Err(alone()) } else { Segment::new(slot().unwrap_or(0)) };
-    // No process has the number 0: an offer of zeros is none.
-    let all = gather(peers, &own.as_ref().map_or([0; OFFER_WORDS], Segment::offer))?;
-    let offers: Vec<_> =
-        ranks.iter().filter_map(|rank| <[u64; OFFER_WORDS]>::try_from(&all[*rank][..]).ok()).collect();
-    let place = ranks.iter().position(|other| *other == rank).unwrap_or(0);
-    let joined = own.and_then(|own| Exchange::join(own, place, &offers));
+    let own = hosts[peers.shards.rank];
+    let ranks = if can_share(own) { on_host(own) } else { Vec::new() };
+    let joined = join(peers, &ranks, model)?;
     // One rank may fail where the others of its host do not, and then all of them must take the other way.
     let worked: Vec<bool> =
         gather(peers, &[u64::from(joined.is_ok())])?.iter().map(|worked| *worked == [1]).collect();
@@ -239,7 +228,7 @@ fn share(peers: &Peers, hosts: &[u64], model: &Model, reduction: Reduction) -> R
     {
         tracing::info!("no memory is shared with the other workers of this host: {reason}");
     }
-    let memory = joined.ok().filter(|_| shares(hosts[rank])).map(|exchange| Memory::new(exchange, &ranks));
+    let memory = joined.ok().filter(|_| shares(own)).map(|exchange| Memory::new(exchange, &ranks));
     Ok(match memory {
         Some(memory) if ranks.len() == world_size => {
             tracing::info!("reduces go through memory that all workers share");
@@ -250,11 +239,23 @@ fn share(peers: &Peers, hosts: &[u64], model: &Model, reduction: Reduction) -> R
             tracing::info!("reduces go through memory to {near}, and over Gloo to the others");
             Sharing::Some(memory)
         }
-        _ => {
-            tracing::info!("reduces go over Gloo: no workers share memory");
-            Sharing::None
-        }
+        _ => Sharing::None,
     })
+}
+
+/// Joins the exchange between the ranks of this host; every rank of the group takes part in the offers.
+fn join(peers: &Peers, ranks: &[usize], model: &Model) -> Result<Result<Exchange, c10d::Error>, TeamError> {
+    let shards = &peers.shards;
+    let own = match model.reduces().iter().map(|layout| Memory::slot(shards, ranks, layout.len())).max() {
+        Some(slot) if !ranks.is_empty() => Segment::new(slot),
+        _ => Err(c10d::Error::Fatal("there is nobody to share memory with".into())),
+    };
+    // No process has the number 0: an offer of zeros is none.
+    let all = gather(peers, &own.as_ref().map_or([0; OFFER_WORDS], Segment::offer))?;
+    let offers: Vec<_> =
+        ranks.iter().filter_map(|rank| <[u64; OFFER_WORDS]>::try_from(&all[*rank][..]).ok()).collect();
+    let place = ranks.iter().position(|rank| *rank == shards.rank).unwrap_or(0);
+    Ok(own.and_then(|own| Exchange::join(own, place, &offers)))
 }
 
 /// Forms the process group, and returns it with the term of its store's coordinator. An abort ends the wait

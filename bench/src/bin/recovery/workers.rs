@@ -165,7 +165,7 @@ impl Workers {
         let of = |what: fn(&Recovery) -> f64| Sample::new(recoveries.iter().map(what));
         section.line(of(|r| r.noticed).row("the coordinator's order to regroup", &[]));
         section.line(of(|r| r.regrouped).row("the survivors' new group", &[]));
-        section.line(self.next_step().row("**its first committed step**", &[(0.5, 100.0), (0.99, 250.0)]));
+        section.line(self.next_step().row("**its first committed step**", &[(0.5, 60.0), (0.99, 100.0)]));
         section.line(of(|r| r.replaced).row("the replacement, ready to train", &[]));
         section.line(of(|r| r.full).row("**the group at full strength**", &[(0.5, 1500.0)]));
         section.line(self.full_step().row("its first committed step", &[]));

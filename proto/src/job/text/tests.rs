@@ -17,6 +17,7 @@ threads = 1
 failure_deadline = 5.0
 non_finite = "roll-back"
 precision = "bf16"
+tf32 = "all"
 reduction = "ring"
 deterministic = true
 
