@@ -60,11 +60,9 @@ impl Backend {
     pub(crate) fn cut(self: Arc<Backend>) {
         let aside = Arc::clone(&self);
         // NCCL waits here until the GPU has left its kernels, and other threads may wait for the
-        // aborting one.
+        // aborting one. Gloo waits for its own thread once for each peer, up to 10 ms each.
         let aside = move || drop(aside.group.close());
-        // Gloo only closes its sockets, which takes no time and needs no thread.
-        let waits = self.group.polls();
-        if !waits || thread::Builder::new().name("c10d-abort".into()).spawn(aside).is_err() {
+        if thread::Builder::new().name("c10d-abort".into()).spawn(aside).is_err() {
             // Cut or not, this group is never used again; its peers have limits of their own.
             let _ = self.group.close();
         }
