@@ -172,8 +172,8 @@ pub fn set_deterministic(deterministic: bool) -> Result<(), Error> {
     Ok(shim::set_deterministic(deterministic)?)
 }
 
-/// Sets what CUDA's libraries may compute in TF32 in this process: convolutions, and products of matrices. Sums of
-/// products of bf16 they then keep in fp32.
+/// Sets what CUDA's libraries may compute in TF32 in this process: convolutions, and products of matrices.
+/// Sums of products of bf16 they then keep in fp32.
 ///
 /// # Errors
 /// [`Error::Fatal`] if libtorch fails.

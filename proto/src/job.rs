@@ -111,7 +111,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// What GPUs compute in TF32 instead of fp32: numbers with 10 bits of precision, and several times as fast.
+/// Arithmetic that GPUs do in TF32 instead of fp32: numbers with 10 bits of precision, several times as fast.
 /// CPUs compute all of it in fp32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

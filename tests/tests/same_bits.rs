@@ -108,7 +108,7 @@ fn each_shard_gradient_has_the_same_bits_on_1_and_3_workers() {
     assert_eq!(lines(3), alone);
 }
 
-/// The same gradients in fp32, to the bit; in bf16 others, as far apart as 8 bits let them be, and always the same.
+/// The same gradients in fp32, to the bit; in bf16 others, as far apart as 8 bits let them be.
 #[test]
 fn a_probe_tells_how_far_a_device_is_from_fp32() {
     for (model, precision) in

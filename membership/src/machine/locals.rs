@@ -12,8 +12,8 @@ pub(super) const LOOK: &str =
     "the worker's own lines before this say why; mend that, and give the same command again";
 /// Pause before the second replacement in a row that does not last; it doubles from there.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Pause before a replacement while others train on: the start of a program takes a core from those that form their
-/// next group, for as long as that takes.
+/// Pause before a replacement while others train on: the start of a program takes a core from those that
+/// form their next group.
 pub(super) const ASIDE: Duration = Duration::from_millis(100);
 /// Largest number of replacements in a row that do not last.
 const REPLACEMENTS: u32 = 8;

@@ -31,7 +31,7 @@ const LOOKS: Duration = Duration::from_secs(4);
 const NOISE: [u64; 4] = [8, 4, 3, 1];
 const MEASURES: [&str; 4] = ["memory, MiB", "descriptors", "threads", "/dev/shm"];
 
-/// What a process holds: MiB that it shares with nobody, descriptors, threads; and entries of /dev/shm.
+/// Holdings of a process: MiB that it shares with nobody, descriptors, threads; and entries of /dev/shm.
 type Look = [u64; 4];
 
 fn look(pid: i32) -> Option<Look> {

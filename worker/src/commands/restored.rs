@@ -31,9 +31,9 @@ pub(crate) struct Chosen {
     run: run::Chosen,
     /// File of the job.
     file: PathBuf,
-    /// Its job.
+    /// Job of the run.
     pub job: Job,
-    /// Its data.
+    /// Data of the job.
     pub data: DataSet,
 }
 

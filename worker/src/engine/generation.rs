@@ -173,8 +173,8 @@ fn differing(all: &[Vec<u64>], own: &[u64]) -> Option<usize> {
     all.iter().position(|theirs| !theirs.starts_with(own))
 }
 
-/// Compares the identity of the group, and returns a word for each rank that those have in common that can share
-/// memory, by rank; 0 for one that shares with nobody.
+/// Compares the identity of the group, and returns a word for each rank, by rank: those that can share memory
+/// have the same, and one that shares with nobody has 0.
 fn introduce(peers: &Peers, identity: &[u64]) -> Result<Vec<u64>, TeamError> {
     let all = gather(peers, &[identity, &[sharing_word()]].concat())?;
     match differing(&all, identity) {

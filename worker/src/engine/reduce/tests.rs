@@ -61,7 +61,7 @@ fn hosts(over: Over, world_size: usize) -> Vec<Vec<usize>> {
     (0..world_size).map(with).collect()
 }
 
-/// What each rank shares.
+/// Sharing of each rank.
 fn sharings(over: Over, of_rank: impl Fn(usize) -> ShardMap, world_size: usize) -> Vec<Sharing> {
     let hosts = hosts(over, world_size);
     let nobody = || hosts.iter().map(|_| Sharing::None).collect();
