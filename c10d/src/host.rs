@@ -50,7 +50,7 @@ impl HostCopy {
         Ok(())
     }
 
-    /// Frees the memory that is kept for the next copy, and keeps none from now on: no more copies are to come.
+    /// Frees the memory that is kept for the next copy, and keeps none from now on.
     pub fn keep_no_memory() {
         *lock(&SPARE) = Spare { memory: None, is_kept: false };
     }

@@ -15,9 +15,9 @@ use crate::commands::error::Failure;
 use crate::commands::restored::Chosen;
 use crate::data::DataSet;
 use crate::device::{self, DeviceChoice};
-use crate::engine::passport::each_phase;
+use crate::engine::passport::{each_phase, stand_ins};
 use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::{self, Model, ShardBatch};
+use crate::objective::{self, Model};
 use crate::state::narrow;
 
 /// Times that each phase is computed on the device; the first are no measure of its speed.
@@ -87,7 +87,7 @@ pub(crate) fn probe(arguments: &Probe) -> Result<(), Failure> {
 /// Gradient of a phase, computed some times.
 struct Found {
     phase: String,
-    /// The gradient, then the losses, as fp32 on the CPU.
+    /// Flat, on the CPU.
     gradient: Tensor,
     losses: Tensor,
     repeats: bool,
@@ -113,8 +113,7 @@ impl Found {
 fn gradients(job: &Job, data: &DataSet, device: Device, times: usize) -> Result<Vec<Found>, Failure> {
     let objective = objective::make(job, data, device).map_err(Failure::input)?;
     let model = Model::new(objective, job.job.precision).map_err(Failure::input)?;
-    let classes = if data.labels().is_empty() { 0 } else { data.classes() };
-    let batch = ShardBatch::stand_ins(job.job.seed, job.job.shard_batch, data.shape(), classes).to(device);
+    let batch = stand_ins(job, job.job.shard_batch, data, device);
     let mut found: Vec<Found> = Vec::new();
     for time in 0..times {
         let mut at = 0;

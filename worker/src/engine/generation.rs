@@ -108,7 +108,7 @@ impl Team {
         let (group, timeout) = (Arc::new(group), session.limits().reduce);
         session.watch_group(generation, group.aborter());
         let mut peers = Peers { group, timeout, shards, device, sharing: Sharing::None };
-        let hosts = introduce(&peers, &identity(session, assignment, term))?;
+        let hosts = introduce(&peers, &identity(session, assignment, term), generation.0)?;
         peers.sharing = share(&peers, &hosts, model, job.job.reduction)?;
         let layouts = model.reduces().iter();
         let all_reduce =
@@ -140,7 +140,7 @@ impl Team {
                 let own = report(drawn)?;
                 match differing(&gather(&self.peers, &own)?, &own) {
                     None => Ok(()),
-                    Some(rank) => Err(TeamError::Diverged(self.peers.differ(rank, "state"))),
+                    Some(rank) => Err(TeamError::Diverged(self.peers.differ(rank, "state", self.generation))),
                 }
             }
             Start::Healed(source) | Start::Checkpoint(source, _) => {
@@ -162,9 +162,9 @@ impl Team {
 }
 
 impl Peers {
-    fn differ(&self, rank: usize, what: &str) -> String {
+    fn differ(&self, rank: usize, what: &str, generation: u64) -> String {
         let own = self.shards.rank;
-        format!("rank {rank} and rank {own} differ in their {what} at the start of a generation")
+        format!("rank {rank} and rank {own} differ in their {what} at the start of generation {generation}")
     }
 }
 
@@ -175,12 +175,12 @@ fn differing(all: &[Vec<u64>], own: &[u64]) -> Option<usize> {
 
 /// Compares the identity of the group, and returns a word for each rank, by rank: those that can share memory
 /// have the same, and one that shares with nobody has 0.
-fn introduce(peers: &Peers, identity: &[u64]) -> Result<Vec<u64>, TeamError> {
+fn introduce(peers: &Peers, identity: &[u64], generation: u64) -> Result<Vec<u64>, TeamError> {
     let all = gather(peers, &[identity, &[sharing_word()]].concat())?;
     match differing(&all, identity) {
         None => Ok(all.iter().map(|words| words[identity.len()]).collect()),
         // No state is wrong: a worker reached a group that is not its own.
-        Some(rank) => Err(TeamError::Fenced(peers.differ(rank, "group"))),
+        Some(rank) => Err(TeamError::Fenced(peers.differ(rank, "group", generation))),
     }
 }
 

@@ -48,8 +48,7 @@ pub(crate) fn take(
     device: Device,
 ) -> Result<Passport, c10d::Error> {
     let small = samples(job, probe, device);
-    let classes = if data.labels().is_empty() { 0 } else { data.classes() };
-    let batch = ShardBatch::stand_ins(job.job.seed, small, data.shape(), classes).to(device);
+    let batch = stand_ins(job, small, data, device);
     let (forward_backward, commits) = hashes(probe, job.job.seed, &batch, device)?;
     let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
@@ -67,6 +66,12 @@ pub(crate) fn take(
     let items = items.into_iter().map(|(item, value)| (item.to_string(), value));
     let gpu = device::gpu_facts(device)?.into_iter().map(|(item, value)| (item.to_string(), value));
     Ok(Passport(items.chain(gpu).chain(exclusions).chain(probe.objective.fingerprint()).collect()))
+}
+
+/// Substitutes for samples of a job's data, on the device.
+pub(crate) fn stand_ins(job: &Job, samples: u32, data: &DataSet, device: Device) -> ShardBatch {
+    let classes = if data.labels().is_empty() { 0 } else { data.classes() };
+    ShardBatch::stand_ins(job.job.seed, samples, data.shape(), classes).to(device)
 }
 
 /// Hashes the gradients of [each phase](each_phase), and the state after their commits.
@@ -96,7 +101,7 @@ fn hashes(
 /// may commit it, with the time at which it began; returns the state.
 ///
 /// # Errors
-/// It cannot be computed, or `then` fails.
+/// The gradient cannot be computed, or `then` fails.
 pub(crate) fn each_phase(
     model: &Model,
     seed: u64,

@@ -1,7 +1,7 @@
 //! Messages of the rounds between ranks of one host: they go through memory that these share.
 //!
-//! In a round in which any of them has such a message, each rank of the host publishes its slot once, with all
-//! that it has for the others, and reads theirs. Where a message lies follows from the sender's plan.
+//! In a round in which any of them has such a message, each rank of the host publishes its slot once, with
+//! all that it has for the others, and reads theirs. Where a message lies follows from the sender's plan.
 
 use super::floats;
 use super::plan::{Message, Plan, Round};
