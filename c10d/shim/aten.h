@@ -34,6 +34,7 @@ void set_deterministic(bool deterministic);
 void set_tf32(bool convolutions, bool products);
 rust::String c_library_version();
 void keep_freed_memory();
+void use_huge_pages();
 void trim_heap();
 void leaky_relu(const at::Tensor& tensor, double slope);
 bool all_finite(const at::Tensor& tensor);

@@ -198,6 +198,15 @@ pub fn keep_freed_memory() -> Result<(), Error> {
     Ok(shim::keep_freed_memory()?)
 }
 
+/// Lets tensors of 2 MB and more on the CPU lie in huge pages, where the system has them. Must be called before
+/// anything else of libtorch, and before another thread may read the environment.
+///
+/// # Errors
+/// None in practice.
+pub fn use_huge_pages() -> Result<(), Error> {
+    Ok(shim::use_huge_pages()?)
+}
+
 /// Returns cached free memory to the system: the C library's, and that of all GPUs. Memory that
 /// CUDA itself takes stays until the process ends.
 ///

@@ -80,6 +80,7 @@ pub(crate) mod shim {
         fn set_tf32(convolutions: bool, products: bool) -> Result<()>;
         fn c_library_version() -> Result<String>;
         fn keep_freed_memory() -> Result<()>;
+        fn use_huge_pages() -> Result<()>;
         fn trim_heap() -> Result<()>;
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;

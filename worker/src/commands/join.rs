@@ -57,6 +57,7 @@ pub fn run(
 ) -> Result<Released, Failure> {
     // Before any thread starts: these set the environment, which threads read.
     c10d::prepare_gloo().map_err(Failure::other)?;
+    c10d::aten::use_huge_pages().map_err(Failure::other)?;
     #[cfg(feature = "cuda")]
     c10d::cuda::prepare().map_err(Failure::other)?;
     let device = device.resolve().map_err(Failure::Input)?;

@@ -1,7 +1,7 @@
 //! Background saving: a thread that writes checkpoint files and draws sample grids while training goes on.
 //!
-//! 1. Training waits for this thread only when two checkpoints are already waiting, and never while the
-//!    storage fails. One that lets training wait for half a deadline without an answer fails.
+//! 1. Training waits for this thread only when two checkpoints are already waiting, or a large one is not stored,
+//!    and never while the storage fails. One that lets training wait for half a deadline without an answer fails.
 //! 2. A failing storage is retried until it works or a newer checkpoint is waiting. The last one is never
 //!    given up.
 //! 3. A thread that waits for a storage counts as paused, and is not late.
@@ -31,6 +31,10 @@ use crate::session::monitor::Monitor;
 
 /// Maximum number of waiting checkpoints.
 const WAITING_LIMIT: usize = 2;
+
+/// Size from which on a snapshot waits until the one before is stored, in bytes: memory for one of them may be all
+/// that is left.
+const LARGE: usize = 256 << 20;
 
 /// Work on one snapshot.
 #[derive(Clone, Debug)]
@@ -94,6 +98,14 @@ struct Queue {
     closed: bool,
 }
 
+impl Queue {
+    /// Whether another snapshot of `bytes` has to wait.
+    fn is_full(&self, bytes: usize) -> bool {
+        let has_one = self.busy || !self.waiting.is_empty();
+        self.waiting.len() >= WAITING_LIMIT || bytes >= LARGE && has_one
+    }
+}
+
 impl Context {
     /// Draws a grid of real samples. Takes no random number, and touches no state.
     fn draw_real(&self, data: &DataSet) {
@@ -125,22 +137,27 @@ impl Archive {
         Ok(Archive { shared, session })
     }
 
-    /// Queues an order. Waits while the queue is full, half a deadline at most, and not while the storage
+    /// Waits until there is room for a snapshot of `bytes`, half a deadline at most, and not while the storage
     /// fails.
-    pub(crate) fn push(&self, order: Order) {
+    pub(crate) fn make_room(&self, step: u64, bytes: usize) {
         let limit = Instant::now() + self.session.limits().deadline / 2;
         let mut queue = self.shared.lock();
-        let pause = (queue.waiting.len() >= WAITING_LIMIT).then(|| self.session.pause());
-        while queue.waiting.len() >= WAITING_LIMIT && !queue.failing {
+        let pause = queue.is_full(bytes).then(|| self.session.pause());
+        while queue.is_full(bytes) && !queue.failing {
             if Instant::now() >= limit {
                 queue.failing = true;
-                let (step, detail) = (order.snapshot.step, "the storage takes too long".to_string());
+                let detail = "the storage takes too long".to_string();
                 self.session.send(FromWorker::PartDelayed(step, "its files".to_string(), detail));
                 break;
             }
             queue = self.shared.wait(queue);
         }
         drop(pause);
+    }
+
+    /// Queues an order. One of samples alone gives way to it in a full queue.
+    pub(crate) fn push(&self, order: Order) {
+        let mut queue = self.shared.lock();
         if queue.waiting.len() >= WAITING_LIMIT
             && let Some(Order { snapshot, samples: true, .. }) = queue.waiting.pop_back()
         {
@@ -229,6 +246,8 @@ impl Monitor<Queue> {
             }
             // No lock is held here: the training thread may queue, discard or drain meanwhile.
             context.storage.wait(self.write(context, &order));
+            // Before training hears of it: the next snapshot goes into its memory.
+            drop(order);
             self.rest(context);
         }
     }

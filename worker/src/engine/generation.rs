@@ -32,14 +32,15 @@ use crate::state::State;
 /// Interval at which the wait for the group looks for an abort.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Process group of one generation, with an all-reduce for each layout of gradients.
+/// Process group of one generation, with its all-reduce.
 pub(crate) struct Team {
     /// Number of the generation.
     pub generation: u64,
     /// Update indices (positions) by which the run was rolled back.
     pub skips: Vec<Position>,
     peers: Peers,
-    all_reduces: Vec<AllReduce>,
+    /// All-reduce of the layouts of gradients that the model has.
+    pub all_reduce: AllReduce,
 }
 
 /// Reasons why a group could not be formed or its training failed.
@@ -110,12 +111,10 @@ impl Team {
         let mut peers = Peers { group, timeout, shards, device, sharing: Sharing::None };
         let hosts = introduce(&peers, &identity(session, assignment, term), generation.0)?;
         peers.sharing = share(&peers, &hosts, model, job.job.reduction)?;
-        let layouts = model.reduces().iter();
-        let all_reduce =
-            |layout| AllReduce::new(peers.clone(), layout, job.global_batch(), job.job.reduction);
-        let all_reduces = layouts.map(all_reduce).collect::<Result<_, _>>()?;
+        let (batch, reduction) = (job.global_batch(), job.job.reduction);
+        let all_reduce = AllReduce::new(peers.clone(), model.reduces(), batch, reduction)?;
         let (generation, skips) = (generation.0, assignment.group.skips.clone());
-        Ok(Team { generation, skips, peers, all_reduces })
+        Ok(Team { generation, skips, peers, all_reduce })
     }
 
     /// Gives every member the state of the assignment's update index, at index 0 the `fresh` one. `held` is
@@ -153,11 +152,6 @@ impl Team {
     /// Assignment of data shards to ranks.
     pub(crate) fn shards(&self) -> &ShardMap {
         &self.peers.shards
-    }
-
-    /// Returns an all-reduce by its index among those of the model.
-    pub(crate) fn all_reduce(&mut self, index: usize) -> &mut AllReduce {
-        &mut self.all_reduces[index]
     }
 }
 

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::data::DataSet;
 use crate::device;
 use crate::engine::commit::commit;
+use crate::engine::reduce::pieces;
 use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Model, Phase, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
 use crate::state::{State, narrow};
@@ -22,6 +23,9 @@ use crate::state::{State, narrow};
 /// of the commit before and this number does not. It is no hash of the sources, so that a run can go on with
 /// a newer build that computes the same. Builds before there was this number have the first.
 pub(crate) const NUMERICS: u32 = 1;
+
+/// Floats that are hashed at once.
+const PIECE: usize = 1 << 18;
 
 /// The objective by which the machine is identified, laid out.
 ///
@@ -90,11 +94,19 @@ fn hashes(
                 let _ = narrow(&gradient.flat, at..at + 1).zero_();
             }
         }
-        gradients.update(&to_bytes(&gradient.flat));
+        update(&mut gradients, &gradient.flat);
         commit(model, state, phase, &gradient.flat, 0)
     })?;
-    let state_hash = blake3::hash(&to_bytes(&state.flat));
-    Ok((hex(gradients.finalize().as_bytes()), hex(state_hash.as_bytes())))
+    let mut commits = blake3::Hasher::new();
+    update(&mut commits, &state.flat);
+    Ok((hex(gradients.finalize().as_bytes()), hex(commits.finalize().as_bytes())))
+}
+
+/// Hashes a flat tensor piece by piece: its bytes in one would be a second state in memory.
+fn update(hasher: &mut blake3::Hasher, flat: &Tensor) {
+    for piece in pieces(flat.numel(), PIECE) {
+        hasher.update(&to_bytes(&narrow(flat, piece)));
+    }
 }
 
 /// Computes the first phase of each name once from the initial state, and hands its gradient to `then`, which

@@ -237,6 +237,7 @@ impl Trainer {
         if files.is_empty() && !samples && !due.evaluation {
             return Ok(());
         }
+        self.archive.make_room(self.model.steps(state.counters.position), 4 * state.layout.len);
         let snapshot = Arc::new(self.snapshot(state)?);
         if due.evaluation {
             self.evaluations.push(snapshot.clone(), is_first);

@@ -128,8 +128,8 @@ impl Trainer {
             ledger: counted.map_or(0, |samples| samples.batch.ledger),
         };
         let (reduce, layout) = self.model.reduce_of(phase, step);
-        let (shards, all_reduce) = (team.shards().own(), team.all_reduce(reduce));
-        all_reduce.begin()?;
+        let (shards, all_reduce) = (team.shards().own(), &mut team.all_reduce);
+        all_reduce.begin(reduce)?;
         self.session.set_activity(Activity::Computing);
         for shard in shards.clone() {
             let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));

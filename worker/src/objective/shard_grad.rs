@@ -10,7 +10,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::nn::Follow;
 use crate::state::{BufferId, Layout, NetworkId, NetworkSet, StateLayout, align, narrow};
@@ -174,6 +174,18 @@ impl GradLayout {
         0..self.losses().end
     }
 
+    /// Ranges that no tensor takes in a buffer of `capacity` floats.
+    fn gaps(&self, capacity: usize) -> impl Iterator<Item = Range<usize>> {
+        let passes = self.statistics().map(|range| (&self.buffers, range.start));
+        let tensors = std::iter::once((&self.parameters, 0)).chain(passes).flat_map(|(layout, start)| {
+            layout.entries().map(move |(spec, offset)| start + offset..start + offset + spec.numel())
+        });
+        let mut end = 0;
+        let taken = tensors.chain([self.own_scalars(), capacity..capacity]);
+        let gaps = taken.map(move |range| std::mem::replace(&mut end, range.end)..range.start);
+        gaps.filter(|gap| !gap.is_empty())
+    }
+
     /// Total length in floats: a multiple of [`ALIGNMENT`](crate::state::ALIGNMENT).
     pub fn len(&self) -> usize {
         // The rest up to 64 bytes is summed as well, and read by nobody.
@@ -188,8 +200,10 @@ impl GradLayout {
 
 /// Shard gradient: views into one flat buffer. A buffer is used again: an objective writes every tensor.
 pub struct ShardGrad {
-    /// The whole buffer, with spare capacity behind the layout.
+    /// The buffer, with spare capacity behind the layout.
     pub flat: Tensor,
+    /// The memory that it begins.
+    memory: Tensor,
     /// Gradient of the summed loss, by parameter: network by network, in the order of their indices.
     pub gradients: Vec<Tensor>,
     /// b times the buffer updates, by pass and by buffer as [`Objective::follows`](super::Objective::follows)
@@ -202,18 +216,32 @@ pub struct ShardGrad {
 impl ShardGrad {
     /// A buffer of `capacity` floats, at least the layout's.
     pub fn new(layout: &GradLayout, capacity: usize, device: Device) -> ShardGrad {
+        let signed = i64::try_from(capacity).expect("fewer than 2^63 floats");
+        ShardGrad::over(layout, Tensor::zeros([signed], (Kind::Float, device)), capacity)
+    }
+
+    /// A buffer of `capacity` floats, at least the layout's, in memory of at least as many. It may have been that of
+    /// a gradient of another layout.
+    pub fn over(layout: &GradLayout, memory: Tensor, capacity: usize) -> ShardGrad {
         // Views of a shorter buffer would lie in other memory.
         assert!(capacity >= layout.len(), "a gradient needs {} floats", layout.len());
-        let capacity = i64::try_from(capacity).expect("fewer than 2^63 floats");
-        // Also the spare capacity is summed and sent: it must be numbers.
-        let flat = Tensor::zeros([capacity], (Kind::Float, device));
-        let statistics = layout.statistics();
-        ShardGrad {
-            gradients: layout.parameters.views(&narrow(&flat, layout.gradient())),
-            statistics: statistics.flat_map(|range| layout.buffers.views(&narrow(&flat, range))).collect(),
-            scalars: scalars(&flat, layout),
-            flat,
-        }
+        let flat = narrow(&memory, 0..capacity);
+        let gradients = layout.parameters.views(&narrow(&flat, layout.gradient()));
+        let views = |range| layout.buffers.views(&narrow(&flat, range));
+        let statistics: Vec<Tensor> = layout.statistics().flat_map(views).collect();
+        let scalars = scalars(&flat, layout);
+        // Also the gaps are summed, sent and committed; a state's must stay zero.
+        no_grad(|| {
+            layout.gaps(capacity).for_each(|gap| {
+                let _ = narrow(&flat, gap).zero_();
+            });
+        });
+        ShardGrad { flat, memory, gradients, statistics, scalars }
+    }
+
+    /// The memory, for a buffer of another layout.
+    pub fn into_memory(self) -> Tensor {
+        self.memory
     }
 
     /// The same buffer for gradients of an alike layout.

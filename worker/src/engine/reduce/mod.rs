@@ -42,7 +42,7 @@ pub(super) use self::shared::{Wait, pieces};
 use self::tree::{Node, Summand, TreeSum, cover};
 use crate::engine::profile::{Laps, Part};
 use crate::objective::{GradLayout, ShardGrad};
-use crate::state::align;
+use crate::state::{align, narrow};
 
 /// Reduced gradient: the mean over the global batch, with the contents of the reduce headers.
 pub struct Reduced {
@@ -135,15 +135,30 @@ struct Mean {
     divisor: Tensor,
 }
 
-/// All-reduce within one group of gradients of one layout, and of all that are alike but for fewer scalars.
+/// All-reduce within one group of gradients of some layouts, one reduce after the other.
 pub struct AllReduce {
     peers: Peers,
-    sum: TreeSum<ShardGrad>,
-    route: Route,
-    mean: Mean,
+    reduces: Vec<Reduce>,
+    /// Index of the reduce under way, or of the last one.
+    at: usize,
+    /// Memory of large gradients that no reduce uses now.
+    free: Vec<Tensor>,
+    /// Number of floats that any reduce needs for a gradient.
+    room: usize,
     /// Header of this rank in the reduce under way.
     header: Header,
 }
+
+/// Reduce of gradients of one layout, and of all that are alike but for fewer scalars.
+struct Reduce {
+    sum: TreeSum<ShardGrad>,
+    route: Route,
+    mean: Mean,
+}
+
+/// Length from which on gradients of all layouts share their memory, in floats: for shorter ones new views would
+/// take more time than the memory is worth.
+const LARGE: usize = 1 << 22;
 
 impl Summand for ShardGrad {
     fn add(&mut self, right: &ShardGrad) {
@@ -170,74 +185,102 @@ fn chunk_of(len: usize, world_size: usize) -> usize {
     align(len.div_ceil(world_size))
 }
 
-impl AllReduce {
-    /// Allocates the buffers for gradients of one layout, over `global_batch` samples each.
-    pub fn new(
-        peers: Peers,
-        layout: &GradLayout,
-        global_batch: u64,
-        reduction: Reduction,
-    ) -> Result<AllReduce, c10d::Error> {
+impl Route {
+    /// Chooses the exchange for gradients of one layout, and allocates its buffers. Returns it with the number of
+    /// floats of a sum.
+    fn new(peers: &Peers, layout: &GradLayout, reduction: Reduction) -> Result<(Route, usize), c10d::Error> {
         let (shards, device) = (&peers.shards, peers.device);
         let world_size = shards.world_size();
-        let mut len = align(layout.len());
+        let len = align(layout.len());
         // For ranges of more nodes a + b over two ranks would be another order than the tree's (D4).
         let has_one_node = |range: &Range<u32>| cover(range.clone(), shards.data_shards).len() == 1;
-        let route = match world_size {
-            1 => Route::Alone,
-            _ if reduction == Reduction::Ring => Route::Ring(Ring::new(world_size, len, device)?),
+        Ok(match world_size {
+            1 => (Route::Alone, len),
+            _ if reduction == Reduction::Ring => (Route::Ring(Ring::new(world_size, len, device)?), len),
             _ if let Sharing::All(memory) = &peers.sharing => {
                 let shared = Shared::new(memory.clone(), shards.clone(), layout.len());
-                len = shared.len;
-                Route::Shared(shared)
+                let len = shared.len;
+                (Route::Shared(shared), len)
             }
-            2 if shards.ranges.iter().all(has_one_node) => Route::Pair(Pair::new(shards.rank, len, device)?),
-            _ if let Some(memory) = rounds_of(&peers, world_size) => {
+            2 if shards.ranges.iter().all(has_one_node) => {
+                (Route::Pair(Pair::new(shards.rank, len, device)?), len)
+            }
+            _ if let Some(memory) = rounds_of(peers, world_size) => {
                 let butterfly = Butterfly::new(shards, memory, layout.len(), device)?;
-                len = butterfly.len();
-                Route::Butterfly(butterfly)
+                let len = butterfly.len();
+                (Route::Butterfly(butterfly), len)
             }
             _ => {
                 let chunk = chunk_of(layout.len(), world_size);
-                len = world_size * chunk;
-                Route::Chunks(Chunks::new(shards.clone(), chunk, device)?)
+                (Route::Chunks(Chunks::new(shards.clone(), chunk, device)?), world_size * chunk)
             }
-        };
+        })
+    }
+}
+
+impl AllReduce {
+    /// Allocates the buffers for gradients of these layouts, over `global_batch` samples each.
+    pub fn new(
+        peers: Peers,
+        layouts: &[GradLayout],
+        global_batch: u64,
+        reduction: Reduction,
+    ) -> Result<AllReduce, c10d::Error> {
+        let routes = layouts.iter().map(|layout| Route::new(&peers, layout, reduction));
+        let routes = routes.collect::<Result<Vec<_>, _>>()?;
+        let room = routes.iter().map(|(_, len)| *len).max().unwrap_or(0);
         #[allow(clippy::cast_precision_loss)] // a batch is far below 2^24
         // One number for all members: V x b follows from the job.
-        let divisor = Tensor::from(global_batch as f32).to_device(device);
-        let mean = Mean { flat: Tensor::zeros([signed(len)], (Kind::Float, device)), divisor };
-        let (sum, header) = (TreeSum::new(shards.data_shards), Header::default());
-        Ok(AllReduce { peers, sum, route, mean, header })
+        let divisor = Tensor::from(global_batch as f32).to_device(peers.device);
+        // One memory for all of them, as each is used up before the next reduce.
+        let all = Tensor::zeros([signed(room)], (Kind::Float, peers.device));
+        let reduce = |(route, len)| Reduce {
+            sum: TreeSum::new(peers.shards.data_shards),
+            route,
+            mean: Mean { flat: narrow(&all, 0..len), divisor: divisor.shallow_clone() },
+        };
+        let reduces = routes.into_iter().map(reduce).collect();
+        Ok(AllReduce { peers, reduces, at: 0, free: Vec::new(), room, header: Header::default() })
     }
 
     /// Whether there are other ranks to wait for.
     pub fn has_peers(&self) -> bool {
-        !matches!(self.route, Route::Alone)
+        !matches!(self.reduces[self.at].route, Route::Alone)
     }
 
-    /// Begins a reduce. Fails if the group was aborted.
-    pub fn begin(&mut self) -> Result<(), ReduceError> {
+    /// Begins a reduce of gradients of a layout, by its index. Fails if the group was aborted.
+    pub fn begin(&mut self, index: usize) -> Result<(), ReduceError> {
         // A rank that is alone exchanges nothing, so no collective would report the abort.
         if !self.peers.group.is_open() {
             return Err(c10d::Error::Aborted.into());
         }
         // Terms of a reduce that a regroup cut off must not enter this one.
-        self.recycle();
+        let last = &mut self.reduces[self.at];
+        last.recycle();
+        if index != self.at && last.is_large() {
+            self.free.extend(std::iter::from_fn(|| last.sum.spare()).map(ShardGrad::into_memory));
+        }
+        self.at = index;
         Ok(())
     }
 
     /// Returns a buffer for the gradient of a shard, of a layout that the reduce has room for.
     pub fn buffer(&mut self, layout: &GradLayout) -> ShardGrad {
-        let new = || ShardGrad::new(layout, self.mean.flat.numel(), self.peers.device);
+        let Reduce { sum, mean, .. } = &mut self.reduces[self.at];
         // From the reduces before, once they were added. Lent memory is never among them (D6).
-        self.sum.spare().map_or_else(new, |spare| spare.with_scalars_of(layout))
+        if let Some(spare) = sum.spare() {
+            return spare.with_scalars_of(layout);
+        }
+        let len = mean.flat.numel();
+        let room = if len >= LARGE { self.room } else { len };
+        let new = || Tensor::zeros([signed(room)], (Kind::Float, self.peers.device));
+        ShardGrad::over(layout, self.free.pop_if(|_| len >= LARGE).unwrap_or_else(new), len)
     }
 
     /// Adds the gradient of a shard of this rank. Shards come in order.
     pub fn add(&mut self, shard: u32, grad: ShardGrad) {
         // In order, as the tree adds a neighbour as soon as it is there.
-        self.sum.push(Node::leaf(shard), grad);
+        self.reduces[self.at].sum.push(Node::leaf(shard), grad);
     }
 
     /// Sends the sums of this rank's gradients to the other ranks.
@@ -245,39 +288,39 @@ impl AllReduce {
         // Numbered by update index: the other ranks wait for this rank's sums.
         failpoint::reached("reduce", header.position);
         self.header = header;
-        let sums = self.sum.take();
-        let sent = match &mut self.route {
+        let (group, Reduce { sum, route, mean }) = (&self.peers.group, &mut self.reduces[self.at]);
+        let sums = sum.take();
+        let sent = match route {
             Route::Alone => {
                 // One sum, as the only rank covers the whole tree.
                 for (_, sum) in &sums {
-                    let _ = no_grad(|| sum.flat.divide_out(&self.mean.flat, &self.mean.divisor));
+                    let _ = no_grad(|| sum.flat.divide_out(&mean.flat, &mean.divisor));
                 }
                 Ok(())
             }
             Route::Shared(shared) => shared.send(&sums, header),
-            Route::Pair(pair) => {
-                sums.iter().try_for_each(|(_, sum)| pair.send(&self.peers.group, &sum.flat, header))
-            }
+            Route::Pair(pair) => sums.iter().try_for_each(|(_, sum)| pair.send(group, &sum.flat, header)),
             // Goes on in the sums' memory until the end of the wait.
-            Route::Butterfly(butterfly) => return Ok(butterfly.send(&self.peers.group, sums, header)?),
-            Route::Chunks(chunks) => chunks.send(&self.peers.group, &sums),
-            Route::Ring(ring) => ring.send(&self.peers.group, sums.iter().map(|(_, sum)| sum), header),
+            Route::Butterfly(butterfly) => return Ok(butterfly.send(group, sums, header)?),
+            Route::Chunks(chunks) => chunks.send(group, &sums),
+            Route::Ring(ring) => ring.send(group, sums.iter().map(|(_, sum)| sum), header),
         };
         // The other routes copied the sums to their own send buffers, so this memory is free before the wait.
-        sums.into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
+        sums.into_iter().for_each(|(_, spare)| sum.recycle(spare));
         Ok(sent?)
     }
 
     /// Waits for the other ranks, and returns the mean over all shards.
     pub fn wait(&mut self, laps: &mut Laps) -> Result<Reduced, ReduceError> {
-        let AllReduce { peers: Peers { group, timeout, .. }, route, mean, header, .. } = self;
+        let AllReduce { peers: Peers { group, timeout, .. }, reduces, header, .. } = self;
+        let Reduce { sum, route, mean } = &mut reduces[self.at];
         let wait = Wait { group, timeout: *timeout, position: header.position };
         let headers = match route {
             // There is nobody to disagree with, and nothing to wait for.
             Route::Alone => return self.reduced(Folded::of(0, self.header)),
             Route::Butterfly(butterfly) => {
                 let folded = butterfly.finish(wait, mean, laps)?;
-                butterfly.sums().for_each(|sum| self.sum.recycle(sum));
+                butterfly.sums().for_each(|spare| sum.recycle(spare));
                 return self.reduced(folded);
             }
             Route::Shared(shared) => shared.finish(wait, mean, laps)?,
@@ -316,7 +359,15 @@ impl AllReduce {
         if let Some((rank, theirs)) = differs {
             return Err(ReduceError::Disagreement { own_rank, ours, rank, theirs });
         }
-        Ok(Reduced { mean: self.mean.flat.shallow_clone(), ledger: header.ledger, agreed_plan: header.plan })
+        let mean = self.reduces[self.at].mean.flat.shallow_clone();
+        Ok(Reduced { mean, ledger: header.ledger, agreed_plan: header.plan })
+    }
+
+}
+
+impl Reduce {
+    fn is_large(&self) -> bool {
+        self.mean.flat.numel() >= LARGE
     }
 
     /// Recycles the sums of a reduce that was given up.

@@ -118,7 +118,7 @@ fn as_ranks<R: Send>(
 }
 
 fn all_reduce(peers: Peers, layout: &GradLayout, reduction: Reduction) -> AllReduce {
-    AllReduce::new(peers, layout, GLOBAL_BATCH, reduction).unwrap()
+    AllReduce::new(peers, std::slice::from_ref(layout), GLOBAL_BATCH, reduction).unwrap()
 }
 
 /// Reduces shard gradients that `fill` writes.
@@ -129,7 +129,7 @@ fn reduce(
     fill: impl Fn(u32, &Tensor),
 ) -> Result<Reduced, ReduceError> {
     let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &["phase"]);
-    all_reduce.begin()?;
+    all_reduce.begin(0)?;
     for shard in all_reduce.peers.shards.own() {
         let grad = all_reduce.buffer(layout);
         fill(shard, &grad.flat);
@@ -286,7 +286,7 @@ fn a_failed_reduce_leaves_nothing_to_reduce_with() {
         let mut all_reduce = all_reduce(peers, &layout(5), Reduction::Tree);
         if rank == 1 {
             // Its gradient could not be computed: it never sends.
-            all_reduce.begin().unwrap();
+            all_reduce.begin(0).unwrap();
             group.aborter().abort();
         } else {
             let first = reduce(&mut all_reduce, &layout(5), Header::default(), |_, _| ());
@@ -332,5 +332,44 @@ fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
         for (at, (mean, layout)) in (1_u8..).zip(mean.iter().zip([&most, &few, &most])) {
             assert_eq!(*mean, vec![f32::from(at) * 15.0 / 24.0; layout.scalar_range().end]);
         }
+    }
+}
+
+/// Large gradients of all layouts take turns in the same memory: none sees another's, not even in its gaps.
+#[test]
+fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
+    let numels = [LARGE + 1, LARGE + 1000];
+    let layouts = numels.map(layout);
+    let part = |peers: Peers| {
+        let mut laps =
+            Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &["phase"]);
+        let mut all_reduce = AllReduce::new(peers, &layouts, GLOBAL_BATCH, Reduction::Tree).unwrap();
+        let mut places = [Vec::new(), Vec::new()];
+        for (time, index) in (1_u8..).zip([0, 1, 0, 1]) {
+            let layout = &layouts[index];
+            all_reduce.begin(index).unwrap();
+            for shard in all_reduce.peers.shards.own() {
+                let mut grad = all_reduce.buffer(layout);
+                places[usize::from(time > 2)].push(grad.flat.data_ptr().addr());
+                let value = f64::from(time) * f64::from(shard + 1);
+                for tensor in grad.gradients.iter_mut().chain(&mut grad.scalars) {
+                    let _ = no_grad(|| tensor.fill_(value));
+                }
+                all_reduce.add(shard, grad);
+            }
+            all_reduce.send(Header::default()).unwrap();
+            let reduced = all_reduce.wait(&mut laps).unwrap();
+            let mean = floats(&reduced.mean, layout.len());
+            for (at, value) in mean.into_iter().enumerate() {
+                let is_taken = at < numels[index] || layout.scalar_range().contains(&at);
+                let expected = if is_taken { f32::from(time) * 10.0 / 24.0 } else { 0.0 };
+                assert_eq!(value.to_bits(), expected.to_bits(), "float {at} of layout {index}");
+            }
+        }
+        let [first, later] = places;
+        assert!(later.iter().all(|place| first.contains(place)), "a buffer was allocated anew");
+    };
+    for world_size in [1, 2, 3] {
+        as_ranks(4, world_size, Over::Network, part);
     }
 }
