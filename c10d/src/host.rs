@@ -2,14 +2,13 @@
 
 use std::sync::Mutex;
 
-use rustix::mm::{Advice, madvise};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 use crate::Error;
 use crate::sync::lock;
 
-/// Size of a huge page. Smaller copies do not ask for them.
-const HUGE_PAGE: usize = 2 << 20;
+/// Size from which on the memory of a copy is kept, in bytes.
+const LARGE: usize = 2 << 20;
 
 /// Memory of the last large copy that is no longer used, for the next one of the same shape. The system
 /// clears memory that is new to a process, and a virtual machine may have to get it first: that took several
@@ -35,21 +34,6 @@ impl Spare {
 pub struct HostCopy(Tensor);
 
 impl HostCopy {
-    /// Gets memory for the first copy of a tensor of `numel` floats, so that making the copy takes no longer
-    /// than that of later ones. Does nothing for a small one.
-    ///
-    /// # Errors
-    /// [`Error::Fatal`] if libtorch has no memory.
-    pub fn prepare(numel: usize) -> Result<(), Error> {
-        let numel = i64::try_from(numel).map_err(|_| Error::Invalid(format!("{numel} floats")))?;
-        let mut memory = empty(&[numel], Kind::Float)?;
-        if bytes_of(&memory) >= HUGE_PAGE {
-            let _ = no_grad(|| memory.f_zero_())?;
-            lock(&SPARE).keep(memory);
-        }
-        Ok(())
-    }
-
     /// Frees the memory that is kept for the next copy, and keeps none from now on.
     pub fn keep_no_memory() {
         *lock(&SPARE) = Spare { memory: None, is_kept: false };
@@ -62,27 +46,11 @@ impl HostCopy {
     pub fn of(tensor: &Tensor) -> Result<HostCopy, Error> {
         let fits = |spare: &mut Tensor| spare.size() == tensor.size() && spare.kind() == tensor.kind();
         let spare = lock(&SPARE).memory.take_if(fits);
-        let mut copy = spare.map_or_else(|| empty(&tensor.size(), tensor.kind()), Ok)?;
+        let new = || Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu));
+        let mut copy = spare.map_or_else(new, Ok)?;
         no_grad(|| copy.f_copy_(tensor))?;
         Ok(HostCopy(copy))
     }
-}
-
-/// New memory for a copy. Much of it is asked for in huge pages: the first touch of each small page would
-/// take longer than the copy.
-fn empty(size: &[i64], kind: Kind) -> Result<Tensor, Error> {
-    let memory = Tensor::f_empty(size, (kind, Device::Cpu))?;
-    let bytes = bytes_of(&memory);
-    let start = memory.data_ptr();
-    let skipped = start.align_offset(HUGE_PAGE);
-    if bytes >= skipped.saturating_add(HUGE_PAGE) {
-        // SAFETY: the range lies within memory that `memory` owns and that nothing else uses. The advice
-        // changes how the system backs it, and not what it holds.
-        let advised = unsafe { madvise(start.byte_add(skipped), bytes - skipped, Advice::LinuxHugepage) };
-        // A system without huge pages copies as it always did.
-        let _ = advised;
-    }
-    Ok(memory)
 }
 
 impl AsRef<[u8]> for HostCopy {
@@ -100,7 +68,7 @@ impl AsRef<[u8]> for HostCopy {
 
 impl Drop for HostCopy {
     fn drop(&mut self) {
-        if bytes_of(&self.0) >= HUGE_PAGE {
+        if bytes_of(&self.0) >= LARGE {
             // The newest: that of another shape will hardly be asked for again.
             lock(&SPARE).keep(std::mem::replace(&mut self.0, Tensor::new()));
         }
@@ -114,6 +82,8 @@ fn bytes_of(tensor: &Tensor) -> usize {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a test may panic
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     /// One test, as copies of all threads share the memory that is kept.
@@ -124,7 +94,7 @@ mod tests {
     }
 
     fn bytes_of_their_time() {
-        for numel in [0, 1, 1000, 3 * HUGE_PAGE / 4 + 5] {
+        for numel in [0, 1, 1000, 3 * LARGE / 4 + 5] {
             let count = i64::try_from(numel).unwrap();
             let mut tensor = Tensor::arange(count, (Kind::Float, Device::Cpu));
             let copy = HostCopy::of(&tensor).unwrap();

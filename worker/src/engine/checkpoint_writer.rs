@@ -11,7 +11,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use c10d::HostCopy;
 use ganglion_membership::Generation;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{FromWorker, SampleGrid};
@@ -207,11 +206,6 @@ impl Drop for Archive {
 impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
-        // Beside the first steps, and not slower than them: the first checkpoint may be near. A state that
-        // finds no memory now says so when it is saved.
-        if let Err(error) = HostCopy::prepare(context.model.layout.len) {
-            tracing::debug!("no memory for the first snapshot yet: {error}");
-        }
         crate::give_way();
         while let Some(task) = self.next() {
             let order = match task {
