@@ -1,5 +1,6 @@
 #include "aten.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -306,26 +307,25 @@ namespace {
 // A constant of splitmix64 (Steele, Lea, Flood, 2014), as the signed number with its bits.
 std::int64_t bits(std::uint64_t constant) { return static_cast<std::int64_t>(constant); }
 
-// For each place an odd number that looks random: the finisher of splitmix64, but for the shifts' signs.
-at::Tensor make_weights(std::int64_t count, at::Device device) {
-  at::Tensor weights = at::arange(1, count + 1, at::TensorOptions(at::kLong).device(device));
+// For each place from `start` on an odd number that looks random: the finisher of splitmix64, but for the shifts' signs.
+at::Tensor make_weights(std::int64_t start, std::int64_t count, at::Device device) {
+  at::Tensor weights = at::arange(start + 1, start + count + 1, at::TensorOptions(at::kLong).device(device));
   weights.mul_(bits(0x9e3779b97f4a7c15));
   weights.bitwise_xor_(weights.bitwise_right_shift(30)).mul_(bits(0xbf58476d1ce4e5b9));
   weights.bitwise_xor_(weights.bitwise_right_shift(27)).mul_(bits(0x94d049bb133111eb));
   return weights.bitwise_xor_(weights.bitwise_right_shift(31)).bitwise_or_(1);
 }
 
-// The weights of a few lengths are kept: a run hashes the same tensors again and again.
+// Number of words that are summed at once: a weight has 8 bytes, and a product as many.
+constexpr std::int64_t most_at_once = 1 << 23;
+
+// The weights of a few short lengths are kept: a run hashes the same tensors again and again.
 at::Tensor weights_of(std::int64_t count, at::Device device) {
-  // A weight has 8 bytes: at most 64 MiB for one length, and 512 MiB in all.
-  constexpr std::int64_t largest_kept = 1 << 23;
+  // At most 64 MiB for one length, and 512 MiB in all.
   constexpr std::size_t most_kept = 8;
   // Never destroyed: another thread may still hash while the process exits.
   static std::mutex* const mutex = new std::mutex();
   static auto* const kept = new std::map<std::pair<std::string, std::int64_t>, at::Tensor>();
-  if (count > largest_kept) {
-    return make_weights(count, device);
-  }
   std::lock_guard<std::mutex> turn(*mutex);
   const auto key = std::make_pair(device.str(), count);
   const auto known = kept->find(key);
@@ -336,7 +336,7 @@ at::Tensor weights_of(std::int64_t count, at::Device device) {
   if (kept->size() >= most_kept) {
     kept->clear();
   }
-  return kept->emplace(key, make_weights(count, device)).first->second;
+  return kept->emplace(key, make_weights(/*start=*/0, count, device)).first->second;
 }
 
 } // namespace
@@ -346,8 +346,16 @@ std::uint64_t weighted_sum(const at::Tensor& tensor) {
   TORCH_CHECK(tensor.is_contiguous() && tensor.element_size() == 4, "only contiguous words of 32 bits are summed");
   // By their bits, so -0.0 and NaNs differ from what compares equal to them.
   const at::Tensor words = tensor.detach().flatten().view(at::kInt);
-  // Products of 64 bits wrap, so a GPU may sum in any order.
-  const at::Tensor sum = words.mul(weights_of(words.numel(), tensor.device())).sum();
+  const std::int64_t count = words.numel();
+  // Products of 64 bits wrap, so a GPU may sum in any order, and piece by piece.
+  if (count <= most_at_once) {
+    return static_cast<std::uint64_t>(words.mul(weights_of(count, tensor.device())).sum().item<std::int64_t>());
+  }
+  at::Tensor sum = at::zeros({}, at::TensorOptions(at::kLong).device(tensor.device()));
+  for (std::int64_t start = 0; start < count; start += most_at_once) {
+    const std::int64_t piece = std::min(most_at_once, count - start);
+    sum.add_(words.narrow(0, start, piece).mul(make_weights(start, piece, tensor.device())).sum());
+  }
   return static_cast<std::uint64_t>(sum.item<std::int64_t>());
 }
 

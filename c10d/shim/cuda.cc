@@ -55,6 +55,14 @@ std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t 
   return std::make_unique<at::Tensor>(std::move(there));
 }
 
+Mark::Mark(std::int8_t device) : event_(c10::DeviceType::CUDA) {
+  event_.record(c10::cuda::getDefaultCUDAStream(device).unwrap());
+}
+
+void Mark::wait() const { event_.synchronize(); }
+
+std::unique_ptr<Mark> mark(std::int8_t device) { return std::make_unique<Mark>(device); }
+
 void wait_for_gpu(std::int8_t device) { c10::cuda::getDefaultCUDAStream(device).synchronize(); }
 
 void empty_cuda_cache() { c10::cuda::CUDACachingAllocator::emptyCache(); }

@@ -3,6 +3,7 @@
 #include <string>
 #include <utility>
 
+#include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
@@ -19,6 +20,20 @@ std::unique_ptr<at::Tensor> TensorList::get(std::size_t index) const {
 }
 
 std::unique_ptr<TensorList> tensor_list() { return std::make_unique<TensorList>(); }
+
+void copy_all(const TensorList& to, const TensorList& from) {
+  const at::NoGradGuard no_grad;
+  if (!to.tensors_.empty()) {
+    at::_foreach_copy_(to.tensors_, from.tensors_);
+  }
+}
+
+void add_all(const TensorList& to, const TensorList& from) {
+  const at::NoGradGuard no_grad;
+  if (!to.tensors_.empty()) {
+    at::_foreach_add_(to.tensors_, from.tensors_);
+  }
+}
 
 Graph::Graph(std::unique_ptr<torch::inductor::AOTIModelContainerRunner> runner) : runner_(std::move(runner)) {}
 

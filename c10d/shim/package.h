@@ -1,4 +1,4 @@
-// Graphs that PyTorch compiled ahead of time (AOTInductor), run on tensors that somebody else owns.
+// Lists of tensors; and graphs that PyTorch compiled ahead of time (AOTInductor), run on tensors that somebody else owns.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace c10d_shim {
 
-// Inputs or outputs of a graph, in order.
+// Tensors in order, such as inputs or outputs of a graph.
 class TensorList {
  public:
   void push(const at::Tensor& tensor);
@@ -22,10 +22,14 @@ class TensorList {
 
  private:
   friend class Graph;
+  friend void copy_all(const TensorList& to, const TensorList& from);
+  friend void add_all(const TensorList& to, const TensorList& from);
   std::vector<at::Tensor> tensors_;
 };
 
 std::unique_ptr<TensorList> tensor_list();
+void copy_all(const TensorList& to, const TensorList& from);
+void add_all(const TensorList& to, const TensorList& from);
 
 // A graph must not be run by two threads at once.
 class Graph {

@@ -218,6 +218,35 @@ pub fn release_memory() -> Result<(), Error> {
     Ok(shim::trim_heap()?)
 }
 
+/// Copies tensors into others of their shapes: on a GPU in one launch, or a few.
+///
+/// # Errors
+/// [`Error::Fatal`] if numbers or shapes of tensors differ.
+pub fn copy_all<'a>(pairs: impl Iterator<Item = (&'a mut Tensor, &'a Tensor)>) -> Result<(), Error> {
+    let (to, from) = lists(pairs)?;
+    Ok(shim::copy_all(&to, &from)?)
+}
+
+/// Adds tensors to others of their shapes, in place: on a GPU in one launch, or a few.
+///
+/// # Errors
+/// [`Error::Fatal`] if numbers or shapes of tensors differ.
+pub fn add_all<'a>(pairs: impl Iterator<Item = (&'a mut Tensor, &'a Tensor)>) -> Result<(), Error> {
+    let (to, from) = lists(pairs)?;
+    Ok(shim::add_all(&to, &from)?)
+}
+
+type List = cxx::UniquePtr<shim::TensorList>;
+
+fn lists<'a>(pairs: impl Iterator<Item = (&'a mut Tensor, &'a Tensor)>) -> Result<(List, List), Error> {
+    let (mut to, mut from) = (shim::tensor_list()?, shim::tensor_list()?);
+    for (place, value) in pairs {
+        to.pin_mut().push(at_tensor(place))?;
+        from.pin_mut().push(at_tensor(value))?;
+    }
+    Ok((to, from))
+}
+
 /// Computes max(x, slope x), elementwise, in place and differentiable. The slope of tch's own is
 /// fixed at 0.01.
 ///
@@ -413,9 +442,12 @@ mod tests {
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb_u64.cast_signed());
             (z ^ (z >> 31)) | 1
         };
-        let words: Vec<i32> = (1..=5000).map(|i: i32| i.wrapping_mul(0x2545_f491)).collect();
-        let terms = (1..).zip(&words).map(|(i, word)| mix(i).wrapping_mul(i64::from(*word)));
-        let sum = terms.fold(0_i64, i64::wrapping_add).cast_unsigned();
-        assert_eq!(shim::weighted_sum(at_tensor(&Tensor::from_slice(&words))).unwrap(), sum);
+        // Of one piece, and of two.
+        for count in [5000, (1 << 23) + 5] {
+            let words: Vec<i32> = (1..=count).map(|i: i32| i.wrapping_mul(0x2545_f491)).collect();
+            let terms = (1..).zip(&words).map(|(i, word)| mix(i).wrapping_mul(i64::from(*word)));
+            let sum = terms.fold(0_i64, i64::wrapping_add).cast_unsigned();
+            assert_eq!(shim::weighted_sum(at_tensor(&Tensor::from_slice(&words))).unwrap(), sum);
+        }
     }
 }

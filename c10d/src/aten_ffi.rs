@@ -114,6 +114,8 @@ pub(crate) mod shim {
         fn size(self: &TensorList) -> usize;
         fn get(self: &TensorList, index: usize) -> Result<UniquePtr<Tensor>>;
         fn tensor_list() -> Result<UniquePtr<TensorList>>;
+        fn copy_all(to: &TensorList, from: &TensorList) -> Result<()>;
+        fn add_all(to: &TensorList, from: &TensorList) -> Result<()>;
 
         type Graph;
         fn run(self: &Graph, inputs: UniquePtr<TensorList>) -> Result<UniquePtr<TensorList>>;
@@ -121,6 +123,12 @@ pub(crate) mod shim {
 
         include!("c10d/shim/cuda.h");
 
+        #[cfg(feature = "cuda")]
+        type Mark;
+        #[cfg(feature = "cuda")]
+        fn wait(self: &Mark) -> Result<()>;
+        #[cfg(feature = "cuda")]
+        fn mark(device: i8) -> Result<UniquePtr<Mark>>;
         #[cfg(feature = "cuda")]
         fn prepare_cuda() -> Result<()>;
         #[cfg(feature = "cuda")]

@@ -37,6 +37,27 @@ pub fn upload(values: &[f32], device: usize) -> Result<Tensor, Error> {
     Ok(unsafe { Tensor::from_ptr(there.cast()) })
 }
 
+/// A place in the work of a GPU's default stream.
+pub struct Mark(cxx::UniquePtr<shim::Mark>);
+
+impl Mark {
+    /// Marks the end of what the stream was told to do so far.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an index out of range, [`Error::Fatal`] if CUDA reports an earlier error.
+    pub fn here(device: usize) -> Result<Mark, Error> {
+        Ok(Mark(shim::mark(small(device)?)?))
+    }
+
+    /// Waits until the GPU has done all before it.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] if some of it failed.
+    pub fn wait(&self) -> Result<(), Error> {
+        Ok(self.0.wait()?)
+    }
+}
+
 /// Waits until a GPU has done all that its default stream was told to do.
 ///
 /// # Errors

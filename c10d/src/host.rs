@@ -46,7 +46,11 @@ impl HostCopy {
     pub fn of(tensor: &Tensor) -> Result<HostCopy, Error> {
         let fits = |spare: &mut Tensor| spare.size() == tensor.size() && spare.kind() == tensor.kind();
         let spare = lock(&SPARE).memory.take_if(fits);
-        let new = || Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu));
+        let new = || {
+            let memory = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
+            // A GPU writes to memory that cannot move, at several times the speed, and without a second copy.
+            if tensor.device().is_cuda() { memory.f_pin_memory(tensor.device()) } else { Ok(memory) }
+        };
         let mut copy = spare.map_or_else(new, Ok)?;
         no_grad(|| copy.f_copy_(tensor))?;
         Ok(HostCopy(copy))

@@ -80,6 +80,37 @@ pub(crate) fn wait(device: Device) -> Result<(), c10d::Error> {
     }
 }
 
+/// A place in the work of a GPU.
+#[cfg(feature = "cuda")]
+pub(crate) type Mark = c10d::cuda::Mark;
+
+/// A place in the work of a GPU. A worker without the feature `cuda` makes none.
+#[cfg(not(feature = "cuda"))]
+pub(crate) enum Mark {}
+
+#[cfg(not(feature = "cuda"))]
+impl Mark {
+    /// Waits until the GPU has done all before it.
+    ///
+    /// # Errors
+    /// Some of it failed.
+    pub(crate) fn wait(&self) -> Result<(), c10d::Error> {
+        match *self {}
+    }
+}
+
+/// Marks the end of what was launched on a GPU so far; `None` for the CPU, where it is done.
+///
+/// # Errors
+/// Some of it failed.
+pub(crate) fn mark(device: Device) -> Result<Option<Mark>, c10d::Error> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => Mark::here(index).map(Some),
+        _ => Ok(None),
+    }
+}
+
 /// Variables that steer the arithmetic of a GPU's libraries, in order: `NAME=VALUE, ...`.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 fn settings(variables: impl Iterator<Item = (OsString, OsString)>) -> String {

@@ -130,6 +130,7 @@ impl Trainer {
         let (reduce, layout) = self.model.reduce_of(phase, step);
         let (shards, all_reduce) = (team.shards().own(), &mut team.all_reduce);
         all_reduce.begin(reduce)?;
+        let mut launched = Vec::new();
         self.session.set_activity(Activity::Computing);
         for shard in shards.clone() {
             let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
@@ -141,16 +142,19 @@ impl Trainer {
                     log.record(position.0, at, self.model.name(phase), &grad)?;
                 }
             }
-            self.session.leaf_done(course.laps.leaf(shard));
             all_reduce.add(shard, grad);
+            match device::mark(self.device).map_err(TeamError::Compute)? {
+                Some(mark) => launched.push((shard, mark)),
+                None => self.session.leaf_done(course.laps.leaf(shard)),
+            }
         }
-        // Launches return at once: only here is it known how long a GPU takes, by which the coordinator
-        // judges whether a worker is late.
-        device::wait(self.device).map_err(TeamError::Compute)?;
-        let took = course.laps.lap(Part::Compute);
-        if self.device.is_cuda() {
-            self.session.leaf_done(took);
+        // Launches return at once: only here is it known how long a GPU takes for a shard, by which the
+        // coordinator judges whether a worker is late.
+        for (shard, mark) in launched {
+            mark.wait().map_err(TeamError::Compute)?;
+            self.session.leaf_done(course.laps.leaf(shard));
         }
+        course.laps.lap(Part::Compute);
         // The header carries the fingerprint of the last commit: other ranks detect a divergence before
         // they commit this phase.
         all_reduce.send(header)?;

@@ -362,7 +362,6 @@ impl AllReduce {
         let mean = self.reduces[self.at].mean.flat.shallow_clone();
         Ok(Reduced { mean, ledger: header.ledger, agreed_plan: header.plan })
     }
-
 }
 
 impl Reduce {

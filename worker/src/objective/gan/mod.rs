@@ -19,6 +19,7 @@ pub(crate) mod schedule;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use c10d::aten::{add_all, copy_all};
 use ganglion_proto::job::{Job, PhaseOptimizer};
 use ganglion_proto::words::counted;
 use serde_json::json;
@@ -382,7 +383,7 @@ impl Gan {
             // Frozen layers are the discriminator's.
             Input::Fake(drawn, real) => (vec![self.generator(point, drawn, real)?], 0),
         };
-        no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch), frozen));
+        no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch), frozen))?;
         Ok(())
     }
 
@@ -484,13 +485,21 @@ fn is_single(parameters: &[Tensor]) -> bool {
 
 /// Adds the parts of a shard's gradient up, in their order. The first `frozen` tensors have no gradient: with
 /// moments of zero every optimizer leaves them exactly as they are.
-fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
-    for (place, at) in out.gradients.iter_mut().zip(0..) {
-        if at < frozen {
-            let _ = place.zero_();
-            continue;
+fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) -> Result<(), c10d::Error> {
+    let mut written = vec![false; out.gradients.len()];
+    for part in parts {
+        // A parameter that a part of the loss does not depend on has no gradient from that part.
+        let pairs = out.gradients.iter_mut().zip(&part.gradients).zip(&mut written).skip(frozen);
+        let (mut copied, mut added) = (Vec::new(), Vec::new());
+        for (pair, written) in pairs.filter(|((_, gradient), _)| gradient.defined()) {
+            // Copied at first, and not added to zeros: -0.0 + 0.0 has other bits.
+            if std::mem::replace(written, true) { added.push(pair) } else { copied.push(pair) }
         }
-        sum_into(place, parts.iter().map(|part| &part.gradients[at]));
+        copy_all(copied.into_iter())?;
+        add_all(added.into_iter())?;
+    }
+    for (place, _) in out.gradients.iter_mut().zip(written).filter(|(_, written)| !written) {
+        let _ = place.zero_();
     }
     let statistics = parts.iter().flat_map(|part| &part.statistics);
     for (place, statistic) in out.statistics.iter_mut().zip(statistics) {
@@ -504,17 +513,16 @@ fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) {
             sum_into(place, parts.iter().filter_map(|part| part.scores[of].as_ref()));
         }
     }
+    Ok(())
 }
 
-/// Writes a sum to its place. A parameter that a part of the loss does not depend on has no gradient from
-/// that part.
+/// Writes a sum to its place, zero without terms.
 fn sum_into<'a>(place: &mut Tensor, mut terms: impl Iterator<Item = &'a Tensor>) {
-    match terms.find(|term| term.defined()) {
-        // Copied and not added to zeros: -0.0 + 0.0 has other bits.
+    match terms.next() {
         Some(first) => place.copy_(first),
         None => drop(place.zero_()),
     }
-    for term in terms.filter(|term| term.defined()) {
+    for term in terms {
         let _ = place.g_add_(term);
     }
 }

@@ -478,16 +478,18 @@ impl Compute for Computing<'_> {
         let given = Given { values, batch, wanted: None, steps: at.step, part };
         let outputs = own.graph.run(&given, &draws);
         let samples = i64::from(job.job.shard_batch);
+        let mut gradients = vec![None; out.gradients.len()];
         no_grad(|| {
             for (output, target) in outputs.iter().zip(&own.targets) {
                 match *target {
-                    Target::Gradient(index) => out.gradients[index].copy_(output),
+                    Target::Gradient(index) => gradients[index] = Some(output),
                     // The sum over the shards is divided by the global batch, and a shard has one update.
                     Target::Statistic(index) => out.statistics[index].copy_(&(output * samples)),
                     Target::Scalar(index) => out.scalars[index].copy_(output),
                 }
             }
         });
-        Ok(())
+        let places = out.gradients.iter_mut().zip(gradients);
+        c10d::aten::copy_all(places.filter_map(|(place, gradient)| Some((place, gradient?))))
     }
 }

@@ -301,10 +301,8 @@ impl Compute for Computing<'_> {
         let parameters: Vec<&Tensor> = weights.encoder.iter().chain(weights.decoder).collect();
         // New tensors: what autograd keeps in parameters would be added in its own order (D3).
         let gradients = Tensor::f_run_backward(&[&loss], &parameters, false, false)?;
+        c10d::aten::copy_all(out.gradients.iter_mut().zip(&gradients))?;
         no_grad(|| {
-            for (place, gradient) in out.gradients.iter_mut().zip(&gradients) {
-                place.copy_(gradient);
-            }
             let sums = [loss, terms.recon.sum(None), terms.kl.sum(None)];
             for (place, sum) in out.scalars.iter_mut().zip(&sums) {
                 place.copy_(sum);
