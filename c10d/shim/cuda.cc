@@ -67,6 +67,10 @@ void wait_for_gpu(std::int8_t device) { c10::cuda::getDefaultCUDAStream(device).
 
 void empty_cuda_cache() { c10::cuda::CUDACachingAllocator::emptyCache(); }
 
+std::uint64_t refused_allocations(std::int8_t device) {
+  return static_cast<std::uint64_t>(c10::cuda::CUDACachingAllocator::getDeviceStats(device).num_ooms);
+}
+
 rust::String compute_capability(std::int8_t device) {
   const auto* properties = at::cuda::getDeviceProperties(device);
   return std::to_string(properties->major) + "." + std::to_string(properties->minor);

@@ -28,6 +28,7 @@ rust::String pci_bus_id(std::int8_t device);
 std::unique_ptr<at::Tensor> upload(rust::Slice<const float> values, std::int8_t device);
 void wait_for_gpu(std::int8_t device);
 void empty_cuda_cache();
+std::uint64_t refused_allocations(std::int8_t device);
 rust::String compute_capability(std::int8_t device);
 rust::String gpu_name(std::int8_t device);
 rust::String gpu_libraries();

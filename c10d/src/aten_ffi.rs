@@ -140,6 +140,8 @@ pub(crate) mod shim {
         #[cfg(feature = "cuda")]
         fn empty_cuda_cache() -> Result<()>;
         #[cfg(feature = "cuda")]
+        fn refused_allocations(device: i8) -> Result<u64>;
+        #[cfg(feature = "cuda")]
         fn compute_capability(device: i8) -> Result<String>;
         #[cfg(feature = "cuda")]
         fn gpu_name(device: i8) -> Result<String>;

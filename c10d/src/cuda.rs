@@ -66,6 +66,15 @@ pub fn wait(device: usize) -> Result<(), Error> {
     Ok(shim::wait_for_gpu(small(device)?)?)
 }
 
+/// Returns how many times this process asked for more memory than a GPU had left. libtorch then takes another kernel
+/// where it can, which may compute other bits.
+///
+/// # Errors
+/// [`Error::Invalid`] for an index out of range, [`Error::Fatal`] if nothing was computed on it yet.
+pub fn refused_allocations(device: usize) -> Result<u64, Error> {
+    Ok(shim::refused_allocations(small(device)?)?)
+}
+
 /// Returns the compute capability of a GPU, such as `9.0`.
 ///
 /// # Errors

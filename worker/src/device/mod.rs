@@ -80,6 +80,22 @@ pub(crate) fn wait(device: Device) -> Result<(), c10d::Error> {
     }
 }
 
+/// Makes sure that a GPU had memory for all that this process asked for: without it libtorch takes other kernels,
+/// whose bits may differ.
+///
+/// # Errors
+/// It had not.
+pub(crate) fn check_memory(device: Device) -> Result<(), c10d::Error> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) if c10d::cuda::refused_allocations(index)? > 0 => {
+            let advice = "free some of it, or lower job.shard_batch";
+            Err(c10d::Error::Fatal(format!("GPU {index} had too little memory left; {advice}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A place in the work of a GPU.
 #[cfg(feature = "cuda")]
 pub(crate) type Mark = c10d::cuda::Mark;

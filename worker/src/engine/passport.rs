@@ -54,6 +54,7 @@ pub(crate) fn take(
     let small = samples(job, probe, device);
     let batch = stand_ins(job, small, data, device);
     let (forward_backward, commits) = hashes(probe, job.job.seed, &batch, device)?;
+    device::check_memory(device)?;
     let exclusions = job.data.exclusions_hash().map(|hash| ("exclusions".to_string(), hash));
     let items = [
         ("c_library", c10d::aten::c_library_version()?),

@@ -154,6 +154,7 @@ impl Trainer {
             mark.wait().map_err(TeamError::Compute)?;
             self.session.leaf_done(course.laps.leaf(shard));
         }
+        device::check_memory(self.device).map_err(TeamError::Compute)?;
         course.laps.lap(Part::Compute);
         // The header carries the fingerprint of the last commit: other ranks detect a divergence before
         // they commit this phase.
