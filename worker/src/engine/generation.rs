@@ -10,16 +10,16 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use c10d::shared::{Exchange, OFFER_WORDS, Segment};
-use c10d::{Buffer, GlooAddress, GlooOptions, Group, KeyValueStore};
+use c10d::{GlooAddress, GlooOptions, Group, KeyValueStore};
 use ganglion_membership::{Activity, Backend, Position, Start, Term};
 use ganglion_proto::job::{Job, Reduction};
 use ganglion_proto::message::Assignment;
 use ganglion_proto::words::counted;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
 use super::finite::NonFinite;
 use super::gradient_log::LogError;
-use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap, Sharing};
+use super::reduce::{AllReduce, Memory, Peers, ReduceError, ShardMap, Sharing, gather};
 use super::report::Pending;
 use super::state_sync::{report, sync};
 use super::trainer::Held;
@@ -184,19 +184,6 @@ fn sharing_word() -> u64 {
     let numbers = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     // Never 0.
     xxhash_rust::xxh3::xxh3_64(format!("{host}/{}", numbers.display()).as_bytes()) | 1
-}
-
-/// Returns the words of all ranks, by rank.
-pub(super) fn gather(peers: &Peers, words: &[u64]) -> Result<Vec<Vec<u64>>, TeamError> {
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let Peers { group, timeout, shards, device, .. } = peers;
-    let mut own = Buffer::zeros(bytes.len(), Kind::Uint8, *device)?;
-    own.update(|own| own.copy_(&Tensor::from_slice(&bytes)));
-    let all = Buffer::zeros(bytes.len() * shards.world_size(), Kind::Uint8, *device)?;
-    let (_, all) = group.all_gather(own, all)?.wait(*timeout)?;
-    let all = Vec::<u8>::try_from(all.tensor().to_device(Device::Cpu)).expect("bytes on the CPU");
-    let words = |theirs: &[u8]| theirs.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-    Ok(all.chunks_exact(bytes.len()).map(words).collect())
 }
 
 /// Finds out which ranks share memory, by the words of their hosts. All ranks get the same answer.

@@ -12,8 +12,8 @@ use ganglion_membership::Position;
 use ganglion_proto::failpoint;
 use tch::{Kind, Tensor, no_grad};
 
-use super::generation::{TeamError, gather};
-use super::reduce::{Peers, Sharing, Wait, pieces};
+use super::generation::TeamError;
+use super::reduce::{Peers, Sharing, Wait, gather, pieces};
 use super::report::Pending;
 use super::trainer::Held;
 use crate::objective::Model;

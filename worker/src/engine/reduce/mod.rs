@@ -15,6 +15,7 @@
 
 mod butterfly;
 mod chunks;
+mod gather;
 mod header;
 mod pair;
 mod ring;
@@ -32,6 +33,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use self::butterfly::Butterfly;
 use self::chunks::Chunks;
+pub(super) use self::gather::gather;
 use self::header::Folded;
 pub use self::header::Header;
 use self::pair::Pair;

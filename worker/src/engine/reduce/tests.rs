@@ -373,3 +373,15 @@ fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
         as_ranks(4, world_size, Over::Network, part);
     }
 }
+
+/// Over a number of ranks that is a power of two, and over others.
+#[test]
+fn words_of_all_ranks_come_by_rank() {
+    for world_size in 1..=9_u32 {
+        let words = |rank: u64| [rank + 1, u64::MAX - rank, rank << 40];
+        let gathered = |peers: Peers| gather(&peers, &words(peers.shards.rank as u64)).unwrap();
+        for all in as_ranks(16, world_size, Over::Network, gathered) {
+            assert!(all.iter().eq((0..u64::from(world_size)).map(words).collect::<Vec<_>>().iter()));
+        }
+    }
+}
