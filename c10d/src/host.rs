@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::Error;
 use crate::sync::lock;
@@ -34,6 +34,20 @@ impl Spare {
 pub struct HostCopy(Tensor);
 
 impl HostCopy {
+    /// Gets memory for the first copy of a tensor of `numel` floats, so that making the copy takes no longer
+    /// than that of later ones. Does nothing for a small one.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] if libtorch has no memory.
+    pub fn prepare(numel: usize) -> Result<(), Error> {
+        let numel = i64::try_from(numel).map_err(|_| Error::Invalid(format!("{numel} floats")))?;
+        let memory = Tensor::f_zeros([numel], (Kind::Float, Device::Cpu))?;
+        if bytes_of(&memory) >= LARGE {
+            lock(&SPARE).keep(memory);
+        }
+        Ok(())
+    }
+
     /// Frees the memory that is kept for the next copy, and keeps none from now on.
     pub fn keep_no_memory() {
         *lock(&SPARE) = Spare { memory: None, is_kept: false };
@@ -86,8 +100,6 @@ fn bytes_of(tensor: &Tensor) -> usize {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a test may panic
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
     /// One test, as copies of all threads share the memory that is kept.

@@ -235,7 +235,7 @@ impl<R: Row> Member<R> {
         self.lease.is_some_and(|lease| now < lease)
     }
 
-    /// Number of the plan that this member proposes to the others for the phase that begins, 0 for none.
+    /// Number of the plan that this member proposes to the others for the phase under way, 0 for none.
     /// The plan that takes effect is this one, not the one known when the reduce ends (D9).
     pub fn propose(&mut self) -> u64 {
         let Stage::Busy(part) = &mut self.stage else { return 0 };

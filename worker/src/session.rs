@@ -298,7 +298,7 @@ impl Session {
         self.shared.lock().lost.clone()
     }
 
-    /// Number of the plan that this worker proposes for the phase that begins.
+    /// Number of the plan that this worker proposes for the phase under way.
     pub fn propose(&self) -> u64 {
         self.shared.lock().member.propose()
     }

@@ -21,7 +21,7 @@ use ganglion_proto::job::Precision;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::nn::{Init, TensorSpec};
-use crate::random::{Key, Purpose};
+use crate::random::{Key, Purpose, Stream};
 
 /// Number of floats in 64 bytes: the grid on which tensors, chunks and optimizer slices lie.
 pub const ALIGNMENT: usize = 16;
@@ -441,7 +441,7 @@ impl State {
             for (shard, (spec, offset)) in (0..).zip(specs) {
                 let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
                 let start = weights.start + offset;
-                narrow(&state.flat, start..start + spec.numel()).copy_(&initial_values(key, spec));
+                draw(&narrow(&state.flat, start..start + spec.numel()), key, spec);
             }
             if let Some(average) = sections.average_range() {
                 narrow(&state.flat, average).copy_(&narrow(&state.flat, weights));
@@ -451,7 +451,7 @@ impl State {
         for (shard, (spec, offset)) in (0..).zip(state.layout.own.0.entries()) {
             let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
             let start = state.layout.own.1 + offset;
-            narrow(&state.flat, start..start + spec.numel()).copy_(&initial_values(key, spec));
+            draw(&narrow(&state.flat, start..start + spec.numel()), key, spec);
         }
         state.cast();
         state
@@ -509,19 +509,36 @@ impl State {
     }
 }
 
+/// Floats that are drawn at once: so few that they stay in the cache.
+const PIECE: usize = 1 << 16;
+
 /// Returns the initial values of a tensor, flat.
 pub fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
-    match &spec.init {
-        Init::Constant(value) => Tensor::full(
-            [i64::try_from(spec.numel()).expect("fewer than 2^63")],
-            f64::from(*value),
-            (Kind::Float, Device::Cpu),
-        ),
-        Init::Uniform { bound } => key.uniform(-bound, *bound, spec.numel()),
-        Init::Normal { mean, deviation } => {
-            key.normal(spec.numel()) * f64::from(*deviation) + f64::from(*mean)
+    let numel = i64::try_from(spec.numel()).expect("fewer than 2^63");
+    let values = Tensor::empty([numel], (Kind::Float, Device::Cpu));
+    draw(&values, key, spec);
+    values
+}
+
+/// Writes the initial values of a tensor to its place, flat.
+fn draw(place: &Tensor, key: Key, spec: &TensorSpec) {
+    let mut stream = key.stream();
+    let mut fill = |next: &mut dyn FnMut(&mut Stream, usize) -> Tensor| {
+        for start in (0..spec.numel()).step_by(PIECE) {
+            let piece = start..(start + PIECE).min(spec.numel());
+            let values = next(&mut stream, piece.len());
+            narrow(place, piece).copy_(&values);
         }
-        Init::Given(values) => Tensor::from_slice(values),
+    };
+    match &spec.init {
+        Init::Constant(value) => drop(place.shallow_clone().fill_(f64::from(*value))),
+        Init::Uniform { bound } => {
+            fill(&mut |stream, count| Tensor::from_slice(&stream.uniform(-bound, *bound, count)));
+        }
+        Init::Normal { mean, deviation } => fill(&mut |stream, count| {
+            Tensor::from_slice(&stream.normal(count)) * f64::from(*deviation) + f64::from(*mean)
+        }),
+        Init::Given(values) => place.shallow_clone().copy_(&Tensor::from_slice(values)),
     }
 }
 

@@ -5,12 +5,13 @@
 //! 2. A failing storage is retried until it works or a newer checkpoint is waiting. The last one is never
 //!    given up.
 //! 3. A thread that waits for a storage counts as paused, and is not late.
-//! 4. The thread has a low priority: training comes first where cores are few.
+//! 4. The thread has a low priority while it saves: training comes first where cores are few.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use c10d::HostCopy;
 use ganglion_membership::Generation;
 use ganglion_proto::job::Job;
 use ganglion_proto::message::{FromWorker, SampleGrid};
@@ -54,6 +55,8 @@ enum Task {
     Save(Order),
     /// Draw real samples.
     Real(Arc<DataSet>),
+    /// Get memory for the first snapshot.
+    Prepare,
 }
 
 /// Arguments of the thread's slices in a trace.
@@ -90,6 +93,8 @@ struct Queue {
     waiting: VecDeque<Order>,
     /// Data set of which a grid of real samples is to be drawn.
     real: Option<Arc<DataSet>>,
+    /// Whether memory for the first snapshot is to be got, if it was asked for.
+    prepare: Option<bool>,
     busy: bool,
     failing: bool,
     /// Whether the order under way is discarded, so that its files are not reported.
@@ -166,6 +171,12 @@ impl Archive {
         self.shared.notify();
     }
 
+    /// Gets memory for the first snapshot, beside training. Does so once.
+    pub(crate) fn prepare(&self) {
+        self.shared.lock().prepare.get_or_insert(true);
+        self.shared.notify();
+    }
+
     /// Queues a grid of real samples.
     pub(crate) fn push_real(&self, data: Arc<DataSet>) {
         self.shared.lock().real = Some(data);
@@ -206,7 +217,6 @@ impl Drop for Archive {
 impl Monitor<Queue> {
     fn serve(&self, context: &Context) {
         crate::set_threads(context.job.job.threads);
-        crate::give_way();
         while let Some(task) = self.next() {
             let order = match task {
                 Task::Save(order) => order,
@@ -215,7 +225,16 @@ impl Monitor<Queue> {
                     self.rest(context);
                     continue;
                 }
+                Task::Prepare => {
+                    // A state that finds no memory now says so when it is saved.
+                    if let Err(error) = HostCopy::prepare(context.model.layout.len) {
+                        tracing::debug!("no memory for the first snapshot yet: {error}");
+                    }
+                    self.rest(context);
+                    continue;
+                }
             };
+            crate::give_way();
             if let (true, Some(sampler)) = (order.samples, context.model.objective.sampler()) {
                 let Context { job, model, track, .. } = context;
                 let (seed, count) = (job.job.seed, job.sample.count);
@@ -260,6 +279,14 @@ impl Monitor<Queue> {
             if let Some(data) = queue.real.take() {
                 queue.busy = true;
                 return Some(Task::Real(data));
+            }
+            if queue.prepare == Some(true) {
+                queue.prepare = Some(false);
+                // Too late once there is a snapshot: it has memory of its own.
+                if queue.waiting.is_empty() {
+                    queue.busy = true;
+                    return Some(Task::Prepare);
+                }
             }
             if let Some(order) = queue.waiting.pop_front() {
                 (queue.busy, queue.void) = (true, false);

@@ -77,6 +77,7 @@ impl Trainer {
         };
         let phases_per_step = self.model.shape().phases();
         let schedule = Schedule { end: Position(last_step.saturating_mul(phases_per_step)), phases_per_step };
+        let mut is_first = true;
         let mut next = self.session.advance(Event::Synced(schedule));
         loop {
             for work in next {
@@ -95,6 +96,10 @@ impl Trainer {
             }
             let (_, phase) = self.model.place(held.state.counters.position);
             let agreed = self.run_phase(team, held, phase, &mut course)?;
+            // Not earlier: what the first step of a group takes is what its members wait for.
+            if self.model.is_last(phase) && std::mem::take(&mut is_first) {
+                self.archive.prepare();
+            }
             let position = held.state.counters.position;
             next = self.session.advance(Event::Committed { position, agreed });
         }
@@ -117,25 +122,62 @@ impl Trainer {
         let runs = phase.runs_in(step);
         let samples = if runs { self.samples(phase, course)? } else { None };
         course.laps.lap(Part::Data);
-        let plan = self.session.propose();
+        self.add_shards(team, held, (phase, samples.as_ref()), course)?;
+        let (first_shard, all_reduce) = (team.shards().own().start, &mut team.all_reduce);
         // Samples that were read before are in the sample checksum already.
         let counted = samples.as_ref().filter(|_| phase.reads == Reads::Next);
+        // The header carries the fingerprint of the last commit: other ranks detect a divergence before
+        // they commit this phase.
         let header = Header {
             generation: team.generation,
             position: position.0,
             fingerprint: course.fingerprint,
-            plan,
+            // As late as possible: a plan that came meanwhile takes effect a phase earlier.
+            plan: self.session.propose(),
             ledger: counted.map_or(0, |samples| samples.batch.ledger),
         };
+        all_reduce.send(header)?;
+        if all_reduce.has_peers() {
+            course.laps.lap(Part::Other);
+            self.look_ahead(held, phase, first_shard, course)?;
+            course.laps.lap(Part::Compute);
+            self.session.set_activity(Activity::Waiting);
+        }
+        let reduced = all_reduce.wait(&mut course.laps)?;
+        course.laps.lap(Part::Other);
+        // Past the lease the coordinator may have formed another group: nothing more may be committed.
+        if !self.session.may_commit() {
+            return Err(c10d::Error::Aborted.into());
+        }
+        course.fingerprint = if runs {
+            self.update(team, held, phase, &reduced)?
+        } else {
+            self.pass(held, phase, course.fingerprint)
+        };
+        course.laps.lap(Part::Commit);
+        self.put_away(samples, step, phase, course);
+        Ok(reduced.agreed_plan)
+    }
+
+    /// Computes the gradients of this rank's shards, and adds them up.
+    fn add_shards(
+        &self,
+        team: &mut Team,
+        held: &Held,
+        (phase, samples): (Phase, Option<&Loaded>),
+        course: &mut Course<'_>,
+    ) -> Result<(), TeamError> {
+        let position = held.state.counters.position;
+        let step = self.model.steps(position);
         let (reduce, layout) = self.model.reduce_of(phase, step);
         let (shards, all_reduce) = (team.shards().own(), &mut team.all_reduce);
         all_reduce.begin(reduce)?;
         let mut launched = Vec::new();
         self.session.set_activity(Activity::Computing);
         for shard in shards.clone() {
-            let batch = samples.as_ref().map(|samples| samples.of_shard(shard - shards.start));
+            let batch = samples.map(|samples| samples.of_shard(shard - shards.start));
             let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer(layout));
-            if runs {
+            if phase.runs_in(step) {
                 let computed = course.compute.gradient(at, &held.state, batch.as_ref(), &mut grad);
                 computed.map_err(TeamError::Compute)?;
                 if let Some(log) = &self.gradient_log {
@@ -156,29 +198,7 @@ impl Trainer {
         }
         device::check_memory(self.device).map_err(TeamError::Compute)?;
         course.laps.lap(Part::Compute);
-        // The header carries the fingerprint of the last commit: other ranks detect a divergence before
-        // they commit this phase.
-        all_reduce.send(header)?;
-        if all_reduce.has_peers() {
-            course.laps.lap(Part::Other);
-            self.look_ahead(held, phase, shards.start, course)?;
-            course.laps.lap(Part::Compute);
-            self.session.set_activity(Activity::Waiting);
-        }
-        let reduced = all_reduce.wait(&mut course.laps)?;
-        course.laps.lap(Part::Other);
-        // Past the lease the coordinator may have formed another group: nothing more may be committed.
-        if !self.session.may_commit() {
-            return Err(c10d::Error::Aborted.into());
-        }
-        course.fingerprint = if runs {
-            self.update(team, held, phase, &reduced)?
-        } else {
-            self.pass(held, phase, course.fingerprint)
-        };
-        course.laps.lap(Part::Commit);
-        self.put_away(samples, step, phase, course);
-        Ok(reduced.agreed_plan)
+        Ok(())
     }
 
     /// Updates the state by a phase's reduced gradient, or skips the phase where that is not finite.
