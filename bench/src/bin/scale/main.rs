@@ -3,6 +3,8 @@
 //! them, goes on from there.
 #![forbid(unsafe_code)]
 
+mod large;
+
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -215,6 +217,14 @@ fn run(page: Option<&PathBuf>, largest: u32) -> Result<(), String> {
         println!("{text}");
         let _ = write!(part, "\n{text}");
     }
+    let groups = large::GROUPS.into_iter().filter(|(workers, _)| *workers <= largest);
+    let measured = groups.map(|(workers, width)| {
+        eprintln!("{workers} workers with a large state");
+        large::measure(workers, width)
+    });
+    let text = large::table(&measured.collect::<Result<Vec<_>, _>>()?);
+    println!("{text}");
+    let _ = write!(part, "\n{text}");
     let circumstances = format!(
         "Measured {} on {}, by `make scale`; load average {before} before, {} after.\n",
         date(),
