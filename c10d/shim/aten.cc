@@ -307,7 +307,8 @@ namespace {
 // A constant of splitmix64 (Steele, Lea, Flood, 2014), as the signed number with its bits.
 std::int64_t bits(std::uint64_t constant) { return static_cast<std::int64_t>(constant); }
 
-// For each place from `start` on an odd number that looks random: the finisher of splitmix64, but for the shifts' signs.
+// For each place from `start` on an odd number that looks random: the finisher of splitmix64, but for the shifts'
+// signs.
 at::Tensor make_weights(std::int64_t start, std::int64_t count, at::Device device) {
   at::Tensor weights = at::arange(start + 1, start + count + 1, at::TensorOptions(at::kLong).device(device));
   weights.mul_(bits(0x9e3779b97f4a7c15));

@@ -75,10 +75,7 @@ pub(crate) fn measure(workers: u32, width: u32) -> Result<Figures, String> {
     let length = |step: usize| times[step - 1] - times[step - 2];
     let mut quiet: Vec<f64> = (2..KILL).filter(|step| (step - 1) % CADENCE > 2).map(length).collect();
     quiet.sort_by(f64::total_cmp);
-    coordinator.signal(Signal::SIGKILL);
-    for pid in run.live_workers() {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
-    }
+    crate::end(&run, &coordinator);
     Ok(Figures {
         workers,
         state,

@@ -12,7 +12,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use ganglion_tests::measured::{cores, date, load, machine, now, processor_time, try_part, write_part};
-use ganglion_tests::{Run, Tail, send};
+use ganglion_tests::{Process, Run, Tail, send};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -93,11 +93,7 @@ fn measure(workers: u32, route: Route) -> Result<Figures, String> {
     times.truncate(WARM_UP + STEPS);
     let mut lengths: Vec<f64> = times.windows(2).skip(WARM_UP).map(|pair| pair[1] - pair[0]).collect();
     lengths.sort_by(f64::total_cmp);
-    coordinator.signal(Signal::SIGKILL);
-    // Workers would train on for a while. The one that was killed is gone already, or has a successor.
-    for pid in run.live_workers() {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
-    }
+    end(&run, &coordinator);
     Ok(Figures {
         workers,
         sleep: sleep_ms / 1e3,
@@ -106,6 +102,15 @@ fn measure(workers: u32, route: Route) -> Result<Figures, String> {
         first: time(&first) - time(&formed) - PHASES * sleep_ms / 1e3,
         regroup: time(&next) - killed - PHASES * sleep_ms / 1e3,
     })
+}
+
+/// Ends all processes of a run.
+fn end(run: &Run, coordinator: &Process) {
+    coordinator.signal(Signal::SIGKILL);
+    // Workers would train on for a while. One that was killed is gone already, or has a successor.
+    for pid in run.live_workers() {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+    }
 }
 
 #[allow(clippy::cast_precision_loss)] // a count of some steps
