@@ -2,8 +2,6 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::thread::sleep;
-use std::time::Duration;
 
 use ganglion_tests::measured::now;
 use ganglion_tests::{Run, Tail, send};
@@ -45,16 +43,10 @@ pub(crate) fn measure(workers: u32, width: u32) -> Result<Figures, String> {
     let run = Run::new(&[&job, &["metrics.every_steps=1", &width, &cadence]]);
     let mut coordinator = run.start_in(workers, &[]);
     let (mut rows, mut memory) = (Tail::new(run.path("metrics.jsonl")), 0.0_f64);
-    let mut wait = |is: &dyn Fn(&Value) -> bool| loop {
+    let mut look = || {
         memory = run.live_workers().into_iter().filter_map(share_of).fold(memory, f64::max);
-        if let Some(row) = rows.lines().iter().find(|row| is(row)) {
-            break Ok(row.clone());
-        }
-        if !coordinator.is_running() {
-            break Err(format!("the run of {workers} workers ended: {}", coordinator.output()));
-        }
-        sleep(Duration::from_millis(20));
     };
+    let mut wait = |is: &dyn Fn(&Value) -> bool| crate::row(&mut rows, &mut coordinator, is, &mut look);
     let step_of = |row: &Value| row["step"].as_u64().and_then(|step| usize::try_from(step).ok());
     let generation_of = |row: &Value| row["generation"].as_u64();
     wait(&|row| step_of(row) >= Some(KILL))?;

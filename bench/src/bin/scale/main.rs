@@ -68,15 +68,7 @@ fn measure(workers: u32, route: Route) -> Result<Figures, String> {
     }
     let mut coordinator = run.start_in(workers, &variables);
     let mut rows = Tail::new(run.path("metrics.jsonl"));
-    let mut wait = |is: &dyn Fn(&Value) -> bool| loop {
-        if let Some(row) = rows.lines().iter().find(|row| is(row)) {
-            break Ok(row.clone());
-        }
-        if !coordinator.is_running() {
-            break Err(format!("the run of {workers} workers ended: {}", coordinator.output()));
-        }
-        sleep(Duration::from_millis(20));
-    };
+    let mut wait = |is: &dyn Fn(&Value) -> bool| row(&mut rows, &mut coordinator, is, || ());
     let at_step = |step: usize| move |row: &Value| row["step"].as_u64() >= Some(step as u64);
     let first = wait(&at_step(1))?;
     let began = wait(&at_step(WARM_UP))?;
@@ -102,6 +94,25 @@ fn measure(workers: u32, route: Route) -> Result<Figures, String> {
         first: time(&first) - time(&formed) - PHASES * sleep_ms / 1e3,
         regroup: time(&next) - killed - PHASES * sleep_ms / 1e3,
     })
+}
+
+/// Waits for a row, and calls `look` meanwhile.
+fn row(
+    rows: &mut Tail,
+    coordinator: &mut Process,
+    is: impl Fn(&Value) -> bool,
+    mut look: impl FnMut(),
+) -> Result<Value, String> {
+    loop {
+        look();
+        if let Some(row) = rows.lines().iter().find(|row| is(row)) {
+            return Ok(row.clone());
+        }
+        if !coordinator.is_running() {
+            return Err(format!("the run ended: {}", coordinator.output()));
+        }
+        sleep(Duration::from_millis(20));
+    }
 }
 
 /// Ends all processes of a run.
