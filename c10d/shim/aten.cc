@@ -196,8 +196,9 @@ void keep_freed_memory() {
   mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
 }
 
-// With 64 MB matrices a step takes 0.7 times as long as with small pages: their first touch and their addresses both
-// cost time. Where the kernel has no huge pages, libtorch would warn with each large tensor.
+// With 64 MB matrices a step takes 0.7 times as long as with small pages: their first touch and their
+// addresses both cost time. Where the kernel has no huge pages, libtorch would warn with each large
+// tensor.
 void use_huge_pages() {
   if (::access("/sys/kernel/mm/transparent_hugepage/enabled", F_OK) == 0) {
     c10::utils::set_env("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/false);
@@ -307,8 +308,8 @@ namespace {
 // A constant of splitmix64 (Steele, Lea, Flood, 2014), as the signed number with its bits.
 std::int64_t bits(std::uint64_t constant) { return static_cast<std::int64_t>(constant); }
 
-// For each place from `start` on an odd number that looks random: the finisher of splitmix64, but for the shifts'
-// signs.
+// For each place from `start` on an odd number that looks random: the finisher of splitmix64, but for the
+// shifts' signs.
 at::Tensor make_weights(std::int64_t start, std::int64_t count, at::Device device) {
   at::Tensor weights = at::arange(start + 1, start + count + 1, at::TensorOptions(at::kLong).device(device));
   weights.mul_(bits(0x9e3779b97f4a7c15));

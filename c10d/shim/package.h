@@ -1,5 +1,5 @@
-// Lists of tensors; and graphs that PyTorch compiled ahead of time (AOTInductor), run on tensors that somebody else
-// owns.
+// Lists of tensors; and graphs that PyTorch compiled ahead of time (AOTInductor), run on tensors that
+// somebody else owns.
 #pragma once
 
 #include <cstddef>

@@ -198,8 +198,8 @@ pub fn keep_freed_memory() -> Result<(), Error> {
     Ok(shim::keep_freed_memory()?)
 }
 
-/// Lets tensors of 2 MB and more on the CPU lie in huge pages, where the system has them. Must be called before
-/// anything else of libtorch, and before another thread may read the environment.
+/// Lets tensors of 2 MB and more on the CPU lie in huge pages, where the system has them. Must be called
+/// before anything else of libtorch, and before another thread may read the environment.
 ///
 /// # Errors
 /// None in practice.

@@ -66,8 +66,8 @@ pub fn wait(device: usize) -> Result<(), Error> {
     Ok(shim::wait_for_gpu(small(device)?)?)
 }
 
-/// Returns how many times this process asked for more memory than a GPU had left. libtorch then takes another kernel
-/// where it can, which may compute other bits.
+/// Returns how many times this process asked for more memory than a GPU had left. libtorch then takes
+/// another kernel where it can, which may compute other bits.
 ///
 /// # Errors
 /// [`Error::Invalid`] for an index out of range, [`Error::Fatal`] if nothing was computed on it yet.

@@ -80,11 +80,11 @@ pub(crate) fn wait(device: Device) -> Result<(), c10d::Error> {
     }
 }
 
-/// Makes sure that a GPU had memory for all that this process asked for: without it libtorch takes other kernels,
-/// whose bits may differ.
+/// Makes sure that a GPU had memory for all that this process asked for: without it libtorch takes other
+/// kernels, whose bits may differ.
 ///
 /// # Errors
-/// It had not.
+/// Too little memory.
 pub(crate) fn check_memory(device: Device) -> Result<(), c10d::Error> {
     match device {
         #[cfg(feature = "cuda")]

@@ -1,7 +1,8 @@
 //! Background saving: a thread that writes checkpoint files and draws sample grids while training goes on.
 //!
-//! 1. Training waits for this thread only when two checkpoints are already waiting, or a large one is not stored,
-//!    and never while the storage fails. One that lets training wait for half a deadline without an answer fails.
+//! 1. Training waits for this thread only when two checkpoints are already waiting, or a large one is not
+//!    stored, and never while the storage fails. One that lets training wait for half a deadline without
+//!    an answer fails.
 //! 2. A failing storage is retried until it works or a newer checkpoint is waiting. The last one is never
 //!    given up.
 //! 3. A thread that waits for a storage counts as paused, and is not late.
@@ -32,8 +33,8 @@ use crate::session::monitor::Monitor;
 /// Maximum number of waiting checkpoints.
 const WAITING_LIMIT: usize = 2;
 
-/// Size from which on a snapshot waits until the one before is stored, in bytes: memory for one of them may be all
-/// that is left.
+/// Size from which on a snapshot waits until the one before is stored, in bytes: memory for one of them
+/// may be all that is left.
 const LARGE: usize = 256 << 20;
 
 /// Work on one snapshot.
@@ -141,8 +142,8 @@ impl Archive {
         Ok(Archive { shared, session })
     }
 
-    /// Waits until there is room for a snapshot of `bytes`, half a deadline at most, and not while the storage
-    /// fails.
+    /// Waits until there is room for a snapshot of `bytes`, half a deadline at most, and not while the
+    /// storage fails.
     pub(crate) fn make_room(&self, step: u64, bytes: usize) {
         let limit = Instant::now() + self.session.limits().deadline / 2;
         let mut queue = self.shared.lock();

@@ -220,8 +220,8 @@ impl ShardGrad {
         ShardGrad::over(layout, Tensor::zeros([signed], (Kind::Float, device)), capacity)
     }
 
-    /// A buffer of `capacity` floats, at least the layout's, in memory of at least as many. It may have been that of
-    /// a gradient of another layout.
+    /// A buffer of `capacity` floats, at least the layout's, in memory of at least as many. It may have
+    /// been that of a gradient of another layout.
     pub fn over(layout: &GradLayout, memory: Tensor, capacity: usize) -> ShardGrad {
         // Views of a shorter buffer would lie in other memory.
         assert!(capacity >= layout.len(), "a gradient needs {} floats", layout.len());

@@ -1,8 +1,8 @@
 //! Gathering of a few words of each rank on all of them.
 //!
-//! Over Gloo in ceil(log2 W) rounds (Bruck et al., 1997): in round k a rank sends what it has to the one 2^k before
-//! it, and receives as much from the one 2^k behind. Gloo's own all-gather passes words from neighbour to neighbour,
-//! W - 1 times one after the other.
+//! Over Gloo in ceil(log2 W) rounds (Bruck et al., 1997): in round k a rank sends what it has to the one
+//! 2^k before it, and receives as much from the one 2^k behind. Gloo's own all-gather passes words from
+//! neighbour to neighbour, W - 1 times one after the other.
 
 use c10d::{Buffer, Error};
 use tch::{Device, Kind, Tensor};

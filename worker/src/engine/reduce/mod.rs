@@ -158,8 +158,8 @@ struct Reduce {
     mean: Mean,
 }
 
-/// Length from which on gradients of all layouts share their memory, in floats: for shorter ones new views would
-/// take more time than the memory is worth.
+/// Length from which on gradients of all layouts share their memory, in floats: for shorter ones new
+/// views would take more time than the memory is worth.
 const LARGE: usize = 1 << 22;
 
 impl Summand for ShardGrad {
@@ -188,8 +188,8 @@ fn chunk_of(len: usize, world_size: usize) -> usize {
 }
 
 impl Route {
-    /// Chooses the exchange for gradients of one layout, and allocates its buffers. Returns it with the number of
-    /// floats of a sum.
+    /// Chooses the exchange for gradients of one layout, and allocates its buffers. Returns it with the
+    /// number of floats of a sum.
     fn new(peers: &Peers, layout: &GradLayout, reduction: Reduction) -> Result<(Route, usize), c10d::Error> {
         let (shards, device) = (&peers.shards, peers.device);
         let world_size = shards.world_size();
