@@ -49,6 +49,15 @@ pub fn processor_time(pid: i32) -> f64 {
     f64::from(number(11).unwrap_or(0) + number(12).unwrap_or(0)) / 100.0
 }
 
+/// Returns the sum of the numbers that a file of a process, such as `status` of `/proc`, lists under these names;
+/// `None` once it is gone.
+pub fn listed(pid: i32, file: &str, names: &[&str]) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
+    let lines = text.lines().filter_map(|line| line.split_once(':'));
+    let chosen = lines.filter(|(name, _)| names.contains(name));
+    Some(chosen.filter_map(|(_, value)| value.split_whitespace().next()?.parse::<u64>().ok()).sum())
+}
+
 /// Whether this machine's CPU has instructions for bf16.
 pub fn computes_bf16() -> bool {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

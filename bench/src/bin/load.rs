@@ -5,7 +5,6 @@
 //! when one of them is killed, that they lost a peer and are quiesced.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +17,7 @@ use ganglion_proto::clock;
 use ganglion_proto::message::{self, FromWorker, MetricsRow};
 use ganglion_proto::wire::session_response::Message;
 use ganglion_proto::wire::{Assignment, SessionResponse};
-use ganglion_tests::measured::processor_time;
+use ganglion_tests::measured::{listed, processor_time};
 use ganglion_tests::wire::{Stranger, connect, hello};
 use ganglion_tests::{Run, eventually};
 use prost::Message as _;
@@ -182,9 +181,7 @@ struct Usage {
 }
 
 fn usage(pid: i32) -> Usage {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the coordinator runs");
-    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib: u64 = resident.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0);
+    let kib = listed(pid, "status", &["VmRSS"]).expect("the coordinator runs");
     Usage { processor: processor_time(pid), memory: kib >> 10, at: Instant::now() }
 }
 

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use ganglion_tests::measured::listed;
 use ganglion_tests::{Process, Run, SMALL_MLP, failpoint, is_running};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -35,17 +36,10 @@ const MEASURES: [&str; 4] = ["memory, MiB", "descriptors", "threads", "/dev/shm"
 type Look = [u64; 4];
 
 fn look(pid: i32) -> Option<Look> {
-    let process = Path::new("/proc").join(pid.to_string());
-    let kib = |file: &str, names: &[&str]| -> Option<u64> {
-        let text = fs::read_to_string(process.join(file)).ok()?;
-        let lines = text.lines().filter_map(|line| line.split_once(':'));
-        let chosen = lines.filter(|(name, _)| names.contains(name));
-        Some(chosen.filter_map(|(_, value)| value.split_whitespace().next()?.parse::<u64>().ok()).sum())
-    };
-    let memory = kib("smaps_rollup", &["Private_Clean", "Private_Dirty"])? / 1024;
+    let memory = listed(pid, "smaps_rollup", &["Private_Clean", "Private_Dirty"])? / 1024;
     let entries = |path: &Path| fs::read_dir(path).map_or(0, |entries| entries.count() as u64);
-    let descriptors = entries(&process.join("fd"));
-    Some([memory, descriptors, kib("status", &["Threads"])?, entries(Path::new("/dev/shm"))])
+    let descriptors = entries(&Path::new("/proc").join(pid.to_string()).join("fd"));
+    Some([memory, descriptors, listed(pid, "status", &["Threads"])?, entries(Path::new("/dev/shm"))])
 }
 
 /// A process that is watched from start to end.

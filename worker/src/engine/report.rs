@@ -234,15 +234,18 @@ impl Trainer {
         // Every member could draw the same grid and evaluate the same samples: rank 0 does.
         let is_first = assignment.rank == 0;
         let samples = due.samples && is_first;
-        if files.is_empty() && !samples && !due.evaluation {
+        let is_archived = !files.is_empty() || samples;
+        if !is_archived && !due.evaluation {
             return Ok(());
         }
-        self.archive.make_room(self.model.steps(state.counters.position), 4 * state.layout.len);
+        if is_archived {
+            self.archive.make_room(self.model.steps(state.counters.position), 4 * state.layout.len);
+        }
         let snapshot = Arc::new(self.snapshot(state)?);
         if due.evaluation {
             self.evaluations.push(snapshot.clone(), is_first);
         }
-        if !files.is_empty() || samples {
+        if is_archived {
             let generation = assignment.group.generation;
             self.archive.push(Order { generation, snapshot, files, samples });
         }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use ganglion_tests::measured::now;
+use ganglion_tests::measured::{listed, now};
 use ganglion_tests::{Process, Run, Tail};
 use serde_json::Value;
 
@@ -120,11 +120,9 @@ fn absolute(path: &Path) -> Result<PathBuf, String> {
     path.canonicalize().map_err(|error| format!("{}: {error}", path.display()))
 }
 
+#[allow(clippy::cast_precision_loss)] // some gigabytes
 fn largest_resident(pid: i32) -> Option<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib / 1024.0)
+    Some(listed(pid, "status", &["VmHWM"])? as f64 / 1024.0)
 }
 
 /// Runs a job with a program for PyTorch, started by its launcher. `more` are arguments for it.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 
-use ganglion_tests::measured::now;
+use ganglion_tests::measured::{listed, now};
 use ganglion_tests::{Run, Tail, send};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -80,10 +80,9 @@ pub(crate) fn measure(workers: u32, width: u32) -> Result<Figures, String> {
 }
 
 /// Proportional share of a process's memory, in bytes.
+#[allow(clippy::cast_precision_loss)] // some gigabytes
 fn share_of(pid: i32) -> Option<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    Some(1024.0 * line.split_whitespace().next()?.parse::<f64>().ok()?)
+    Some(1024.0 * listed(pid, "smaps_rollup", &["Pss"])? as f64)
 }
 
 /// The table of all groups.

@@ -381,7 +381,7 @@ fn words_of_all_ranks_come_by_rank() {
         let words = |rank: u64| [rank + 1, u64::MAX - rank, rank << 40];
         let gathered = |peers: Peers| gather(&peers, &words(peers.shards.rank as u64)).unwrap();
         for all in as_ranks(16, world_size, Over::Network, gathered) {
-            assert!(all.iter().eq((0..u64::from(world_size)).map(words).collect::<Vec<_>>().iter()));
+            assert_eq!(all, (0..u64::from(world_size)).map(words).collect::<Vec<_>>());
         }
     }
 }
