@@ -72,7 +72,7 @@ fn digest(criterion: &mut Criterion) {
         .expect("the networks fit the digits");
     let layout = StateLayout::new(&networks(&models), &[], job.job.precision);
     let flat = vec![1; 4 * layout.len];
-    let snapshot = Snapshot { step: 1, phase: 0, flat: flat.into(), counters: Counters::default() };
+    let snapshot = Snapshot::whole((1, 0), flat.into(), Counters::default());
     let mut group = criterion.benchmark_group("checkpoint");
     group.throughput(Throughput::Bytes(4 * layout.len as u64));
     group.bench_function("state digest", |bencher| {

@@ -350,6 +350,14 @@ pub fn fingerprint(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     Ok(xxhash_rust::xxh3::xxh3_64_with_seed(bytes, seed))
 }
 
+/// Returns the fingerprint that a contiguous tensor of words has on `device`, of a copy of it on a CPU.
+///
+/// # Errors
+/// As for [`fingerprint`].
+pub fn fingerprint_of_copy(copy: &Tensor, device: tch::Device, seed: u64) -> Result<u64, Error> {
+    if device == tch::Device::Cpu { fingerprint(copy, seed) } else { fingerprint_of_sum(copy, seed) }
+}
+
 /// Returns the fingerprint of words that are not on a CPU: only their sum is copied to the CPU.
 fn fingerprint_of_sum(tensor: &Tensor, seed: u64) -> Result<u64, Error> {
     let sum = shim::weighted_sum(at_tensor(tensor))?;

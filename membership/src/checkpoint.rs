@@ -1,11 +1,13 @@
 //! Assembly of a checkpoint from the files that its writers report.
 //!
-//! 1. A checkpoint is complete when each of its files was reported, all with the same state digest.
+//! 1. A checkpoint is complete when each of its files was reported, all with the same fingerprint of the state.
 //! 2. A file reported twice does no harm: the same state gives the same bytes.
-//! 3. Two digests for one update index are a divergence and never make a checkpoint.
+//! 3. Two fingerprints for one update index are a divergence and never make a checkpoint.
+//! 4. The state digest is put together from the writers' shares: no member hashes all of a state.
 
 use std::collections::BTreeMap;
 
+use crate::digest::{self, Share};
 use crate::shape::StepShape;
 use crate::types::Position;
 
@@ -33,8 +35,10 @@ pub struct WrittenPart {
     pub count: u32,
     /// Name, length and hash of the file.
     pub file: StoredFile,
-    /// blake3 of the whole state, in hex.
-    pub state_digest: String,
+    /// Fingerprint of the whole state, as its writer held it.
+    pub fingerprint: u64,
+    /// Share of the file in the state digest: the tensors in it. None of a file that is derived from the state.
+    pub share: Share,
 }
 
 /// A whole checkpoint.
@@ -88,12 +92,10 @@ impl Checkpoint {
     }
 }
 
-/// Error: two writers reported different states for one update index.
+/// Error: the files that writers reported for one update index are not of one state. The text says at which
+/// step.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PartConflict {
-    /// The step at which they differ.
-    pub step: u64,
-}
+pub struct PartConflict(pub String);
 
 /// Incomplete checkpoints, by step and phase.
 #[derive(Debug, Default)]
@@ -104,39 +106,42 @@ pub struct Assembly {
 #[derive(Debug)]
 struct Open {
     count: u32,
-    state_digest: String,
-    files: BTreeMap<u32, StoredFile>,
+    fingerprint: u64,
+    files: BTreeMap<u32, (StoredFile, Share)>,
 }
 
 impl Assembly {
     /// Adds a report; returns the checkpoint that it completes.
     pub fn add(&mut self, part: WrittenPart, shape: &StepShape) -> Result<Option<Checkpoint>, PartConflict> {
         let key = (part.step, part.phase);
-        // The first report sets the digest that all others are held against.
-        let open = self.open.entry(key).or_insert_with(|| Open {
-            count: part.count,
-            state_digest: part.state_digest.clone(),
-            files: BTreeMap::new(),
-        });
+        // The first report sets the fingerprint that all others are held against.
+        let (count, fingerprint) = (part.count, part.fingerprint);
+        let new = || Open { count, fingerprint, files: BTreeMap::new() };
+        let open = self.open.entry(key).or_insert_with(new);
         // The number of files is a function of the job (M10), so another one is another state as well.
-        if open.state_digest != part.state_digest || open.count != part.count {
-            return Err(PartConflict { step: part.step });
+        if (open.fingerprint, open.count) != (fingerprint, count) {
+            return Err(PartConflict(format!("the workers' states differ at step {}", part.step)));
         }
         // From a worker, hence not trusted: an index out of range must not complete the count.
         if part.index < part.count {
-            open.files.insert(part.index, part.file);
+            open.files.insert(part.index, (part.file, part.share));
         }
         if open.files.len() < open.count as usize {
             return Ok(None);
         }
+        let Some(open) = self.open.remove(&key) else { return Ok(None) };
+        let Some(state_digest) = digest::whole(open.files.values().map(|(_, share)| share)) else {
+            let what = format!("the workers' files of step {} do not make up one state", part.step);
+            return Err(PartConflict(what));
+        };
         // A folder is named after steps and phases; members compare update indices.
         let position = part.step * shape.phases() + u64::from(part.phase);
-        Ok(self.open.remove(&key).map(|open| Checkpoint {
+        Ok(Some(Checkpoint {
             position: Position(position),
             step: part.step,
             phase: part.phase,
-            files: open.files.into_values().collect(),
-            state_digest: open.state_digest,
+            files: open.files.into_values().map(|(file, _)| file).collect(),
+            state_digest,
         }))
     }
 
@@ -156,24 +161,32 @@ impl Assembly {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Stretch;
 
     fn two() -> StepShape {
         StepShape::new(2, vec![0]).unwrap()
     }
 
-    fn part(index: u32, digest: &str) -> WrittenPart {
+    /// Text that stands for the state, of which each file has one half.
+    const STATE: &str = "the whole state";
+
+    fn part(index: u32, fingerprint: u64) -> WrittenPart {
         let file = StoredFile { file: format!("state-{index}"), bytes: 1, blake3: "h".into() };
-        WrittenPart { step: 3, phase: 0, index, count: 2, file, state_digest: digest.into() }
+        let (total, half) = (STATE.len() as u64, STATE.len() / 2);
+        let (start, text) = [(0, &STATE[..half]), (half as u64, &STATE[half..])][index as usize];
+        let share = Share { total, stretches: vec![Stretch::of(total, start, &[text.as_bytes()])] };
+        WrittenPart { step: 3, phase: 0, index, count: 2, file, fingerprint, share }
     }
 
     #[test]
     fn a_checkpoint_is_complete_with_its_last_file_and_duplicates_do_no_harm() {
         let mut assembly = Assembly::default();
-        assert_eq!(assembly.add(part(1, "d"), &two()), Ok(None));
-        assert_eq!(assembly.add(part(1, "d"), &two()), Ok(None));
-        let done = assembly.add(part(0, "d"), &two()).unwrap().unwrap();
+        assert_eq!(assembly.add(part(1, 7), &two()), Ok(None));
+        assert_eq!(assembly.add(part(1, 7), &two()), Ok(None));
+        let done = assembly.add(part(0, 7), &two()).unwrap().unwrap();
         assert_eq!((done.position, done.files.len()), (Position(6), 2));
         assert_eq!(done.folder(), "step-00000003");
+        assert_eq!(done.state_digest, blake3::hash(STATE.as_bytes()).to_hex().as_str());
     }
 
     #[test]
@@ -196,7 +209,17 @@ mod tests {
     #[test]
     fn two_states_for_one_position_are_a_conflict() {
         let mut assembly = Assembly::default();
-        assembly.add(part(0, "d"), &two()).unwrap();
-        assert_eq!(assembly.add(part(1, "e"), &two()), Err(PartConflict { step: 3 }));
+        assembly.add(part(0, 7), &two()).unwrap();
+        assert!(assembly.add(part(1, 8), &two()).is_err());
+    }
+
+    #[test]
+    fn files_that_lack_some_of_the_state_are_a_conflict() {
+        let mut assembly = Assembly::default();
+        assembly.add(part(0, 7), &two()).unwrap();
+        let lacking = WrittenPart { share: Share::default(), ..part(1, 7) };
+        assert!(assembly.add(lacking, &two()).is_err());
+        // And no reason to keep what was reported.
+        assert_eq!(assembly.add(part(0, 7), &two()), Ok(None));
     }
 }

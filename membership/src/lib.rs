@@ -38,6 +38,7 @@
 
 mod backend;
 mod checkpoint;
+mod digest;
 mod events;
 mod limits;
 mod machine;
@@ -49,6 +50,7 @@ mod types;
 
 pub use backend::Backend;
 pub use checkpoint::{Assembly, Checkpoint, PartConflict, StoredFile, WrittenPart};
+pub use digest::{Share, Stretch};
 pub use events::{
     Action, Activity, Cause, Event, Fault, Group, GroupMember, LoadedFacts, Loss, Outcome, Plan, PlanKind,
     Progress, Recovered, Rejection, Rested, Settings, Start,

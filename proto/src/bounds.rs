@@ -34,6 +34,12 @@ pub(crate) const MEMBERS: usize = 1 << 16;
 pub const NETWORKS: usize = 64;
 /// Most files of a checkpoint.
 pub(crate) const FILES: usize = 1 << 12;
+/// Most stretches of the state digest in one file of a checkpoint: one for each tensor.
+pub(crate) const STRETCHES: usize = 1 << 16;
+/// Most bytes at the ends of a stretch: less than a chunk of blake3 at each.
+pub(crate) const ENDS: usize = 2 << 10;
+/// Most subtrees in a stretch: less than two for each level of the tree.
+pub(crate) const SUBTREES: usize = 2 * 54;
 /// Most update indices whose phases may be skipped.
 pub(crate) const SKIPS: usize = 1 << 16;
 /// Most items in a fingerprint of the environment (`passport`).

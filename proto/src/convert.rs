@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use ganglion_membership::{
     Activity, Backend, Checkpoint, Fault, Generation, Group, GroupMember, LoadedFacts, Passport, Plan,
-    PlanKind, Position, Progress, Rank, Rested, Start, StepShape, StoredFile, Term, WorkerId, WrittenPart,
+    PlanKind, Position, Progress, Rank, Rested, Share, Start, StepShape, StoredFile, Stretch, Term, WorkerId,
+    WrittenPart,
 };
 
 use crate::bounds::{self, count, list, name, text, within};
@@ -68,7 +69,9 @@ impl FromWorker {
                 index: part.index,
                 count: part.count,
                 file: Some(file_to_wire(part.file)),
-                state_digest: part.state_digest,
+                fingerprint: part.fingerprint,
+                digest_bytes: part.share.total,
+                stretches: part.share.stretches.into_iter().map(stretch_to_wire).collect(),
             }),
             FromWorker::PartDelayed(step, file, detail) => {
                 Message::PartDelayed(wire::PartDelayed { step, file, detail })
@@ -129,7 +132,8 @@ impl FromWorker {
                     index: part.index,
                     count: part.count,
                     file: file_from_wire(required(part.file, "file")?)?,
-                    state_digest: digest(part.state_digest)?,
+                    fingerprint: part.fingerprint,
+                    share: share_from_wire(part.digest_bytes, part.stretches)?,
                 };
                 FromWorker::PartWritten(generation, part)
             }
@@ -431,6 +435,28 @@ fn digest(hex: String) -> Result<String, Malformed> {
     // One form only: digests are compared as texts.
     let is_digest = hex.len() == 64 && hex.bytes().all(|c| c.is_ascii_hexdigit());
     is_digest.then_some(hex).ok_or_else(|| malformed("a digest is 64 hexadecimal digits"))
+}
+
+fn stretch_to_wire(stretch: Stretch) -> wire::Stretch {
+    let Stretch { start, len, ends, subtrees } = stretch;
+    wire::Stretch { start, bytes: len, ends, subtrees: subtrees.into_flattened() }
+}
+
+fn share_from_wire(total: u64, stretches: Vec<wire::Stretch>) -> Result<Share, Malformed> {
+    let stretches = list(stretches, bounds::STRETCHES, "stretches")?.into_iter().map(stretch_from_wire);
+    Ok(Share { total: count(total, "digest_bytes")?, stretches: stretches.collect::<Result<_, _>>()? })
+}
+
+fn stretch_from_wire(stretch: wire::Stretch) -> Result<Stretch, Malformed> {
+    let (hashes, []) = stretch.subtrees.as_chunks() else {
+        return Err(malformed("hashes of subtrees that are not 32 bytes each"));
+    };
+    Ok(Stretch {
+        start: count(stretch.start, "start")?,
+        len: count(stretch.bytes, "bytes")?,
+        subtrees: list(hashes.to_vec(), bounds::SUBTREES, "subtrees")?,
+        ends: list(stretch.ends, bounds::ENDS, "ends")?,
+    })
 }
 
 // ---- The coordinator's messages

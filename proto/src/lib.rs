@@ -68,7 +68,7 @@ pub use shown::{printable, printable_name, printable_start};
 
 /// Version of the wire contract, and of how the members of a group exchange sums. A worker with another
 /// version is refused at its hello.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// Largest message that either side accepts, in bytes.
 pub const MESSAGE_LIMIT: usize = 16 << 20;

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use ganglion_membership::{
-    Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, StepShape, StoredFile, Term,
+    Fault, Generation, LoadedFacts, Passport, Position, Progress, Rank, Share, StepShape, StoredFile, Term,
     WorkerId, WrittenPart,
 };
 use ganglion_proto::message::{FromWorker, Hello, MetricsRow, SampleGrid, ToWorker, Usage};
@@ -137,10 +137,9 @@ fn facts(items: &[(&str, &str)]) -> LoadedFacts {
 }
 
 fn part(step: u64) -> WrittenPart {
-    let digest = "0".repeat(64);
-    let file =
-        StoredFile { file: "state-00001-of-00001.safetensors".into(), bytes: 1, blake3: digest.clone() };
-    WrittenPart { step, phase: 0, index: 0, count: 1, file, state_digest: digest }
+    let (file, blake3) = ("state-00001-of-00001.safetensors".into(), "0".repeat(64));
+    let file = StoredFile { file, bytes: 1, blake3 };
+    WrittenPart { step, phase: 0, index: 0, count: 1, file, fingerprint: 0, share: Share::default() }
 }
 
 fn row(step: u64) -> MetricsRow {
@@ -398,7 +397,9 @@ fn extremes() -> Vec<wire::session_request::Message> {
                 index: u32::MAX,
                 count: u32::MAX,
                 file: file(n),
-                state_digest: "b".repeat(64),
+                fingerprint: n,
+                digest_bytes: n,
+                stretches: vec![wire::Stretch { start: n, bytes: n, ends: vec![0; 9], subtrees: vec![0; 9] }],
             }),
             Message::PartDelayed(wire::PartDelayed { step: n, file: escape(), detail: escape() }),
             Message::PhaseSkipped(wire::PhaseSkipped { position: n, detail: escape() }),

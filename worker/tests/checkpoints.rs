@@ -6,28 +6,28 @@ mod common;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 
-use common::{Bench, bits, content, job, save};
+use common::{Bench, bits, content, fingerprints, job, save};
 use ganglion_membership::{Checkpoint, Position};
 use ganglion_proto::job::{LossKind, ModelKind};
 use ganglion_storage::{Address, MANIFEST, Storage, in_folder};
 use ganglion_worker::checkpoint::init_weights::Beginning;
-use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, state_digest};
+use ganglion_worker::checkpoint::{CheckpointError, Files, Snapshot, joined, state_digest};
 use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::state::State;
 use safetensors::SafeTensors;
 use tch::Device;
 
 /// The same snapshot with other bits in one byte.
-fn changed(snapshot: &Snapshot, byte: usize, bits: u8) -> Snapshot {
-    let mut flat = snapshot.flat.to_vec();
+fn changed(bench: &Bench, snapshot: &Snapshot, byte: usize, bits: u8) -> Snapshot {
+    let mut flat = snapshot.bytes(0..bench.model.layout.len).to_vec();
     flat[byte] ^= bits;
-    Snapshot { flat: flat.into(), ..snapshot.clone() }
+    Snapshot::whole((snapshot.step, snapshot.phase), flat.into(), snapshot.counters)
 }
 
 fn snapshot(bench: &Bench) -> Snapshot {
     let mut counters = bench.state.counters;
     (counters.position.0, counters.ledger, counters.skipped) = (15, 0xdead_beef_0123_4567, 3);
-    Snapshot { step: 5, phase: 0, flat: to_bytes(&bench.state.flat).into(), counters }
+    Snapshot::whole((5, 0), to_bytes(&bench.state.flat).into(), counters)
 }
 
 fn files<'a>(bench: &'a Bench, storage: &'a Storage) -> Files<'a> {
@@ -52,7 +52,8 @@ async fn what_was_written_is_read_back() {
     let saved = save(&files, &snapshot).await;
     assert_eq!((saved.position.0, saved.folder().as_str()), (15, "step-00000005"));
     let read = files.read(&saved).await.unwrap();
-    assert!(read.flat == snapshot.flat && read.counters == snapshot.counters);
+    assert!(read == snapshot);
+    assert_eq!(saved.state_digest, state_digest(&bench.model.layout, &snapshot));
 }
 
 /// Module invariant 1.
@@ -61,15 +62,45 @@ async fn the_bytes_do_not_depend_on_who_writes_them_or_in_which_order() {
     let (bench, one, other) = (bench(), Storage::in_memory(), Storage::in_memory());
     let snapshot = snapshot(&bench);
     let saved = save(&files(&bench, &one), &snapshot).await;
-    let digest = state_digest(&bench.model.layout, &snapshot);
+    let fingerprints = fingerprints(&bench.model.layout, &snapshot);
     for index in (0..bench.model.file_count(4)).rev() {
-        files(&bench, &other).write(&snapshot, &digest, index).await.unwrap();
+        files(&bench, &other).write(&snapshot, &fingerprints, index).await.unwrap();
     }
     for file in &saved.files {
         let (one, other) =
             (content(&one, &saved, &file.file).await, content(&other, &saved, &file.file).await);
         assert!(one == other, "{}", file.file);
         assert_eq!(blake3::hash(&one).to_hex().as_str(), file.blake3);
+    }
+}
+
+/// A writer copies nothing but what its files hold, and reports the same.
+#[tokio::test]
+async fn a_snapshot_of_a_files_tensors_is_enough_to_write_it() {
+    let (mut bench, one, other) = (bench(), Storage::in_memory(), Storage::in_memory());
+    let snapshot = snapshot(&bench);
+    let fingerprints = fingerprints(&bench.model.layout, &snapshot);
+    bench.state.counters = snapshot.counters;
+    for index in 0..bench.model.file_count(4) {
+        let ranges = joined(files(&bench, &one).ranges(&[index]));
+        let part = Snapshot::of(&bench.state, (5, 0), &ranges).unwrap();
+        let whole = files(&bench, &one).write(&snapshot, &fingerprints, index).await.unwrap();
+        assert_eq!(files(&bench, &other).write(&part, &fingerprints, index).await.unwrap(), whole);
+    }
+}
+
+/// A copy that was damaged before its file was written looks like another state to the coordinator.
+#[tokio::test]
+async fn the_report_of_a_damaged_copy_has_another_fingerprint() {
+    let (bench, storage) = (bench(), Storage::in_memory());
+    let (snapshot, files) = (snapshot(&bench), files(&bench, &storage));
+    let fingerprints = fingerprints(&bench.model.layout, &snapshot);
+    for index in 0..bench.model.file_count(4) {
+        let good = files.write(&snapshot, &fingerprints, index).await.unwrap();
+        let Some(range) = files.ranges(&[index]).pop() else { continue };
+        let damaged = changed(&bench, &snapshot, 4 * range.end - 1, 1);
+        let bad = files.write(&damaged, &fingerprints, index).await.unwrap();
+        assert_ne!(good.fingerprint, bad.fingerprint, "{}", good.file.file);
     }
 }
 
@@ -99,7 +130,7 @@ async fn the_digest_depends_on_every_element_and_counter() {
     let snapshot = snapshot(&bench);
     let digest = state_digest(&bench.model.layout, &snapshot);
     for tensor in bench.model.layout.tensors() {
-        let other = changed(&snapshot, 4 * tensor.range.end - 1, 0x80);
+        let other = changed(&bench, &snapshot, 4 * tensor.range.end - 1, 0x80);
         assert_ne!(
             state_digest(&bench.model.layout, &other),
             digest,
@@ -167,7 +198,7 @@ async fn a_damaged_file_is_written_again_and_a_good_one_is_left() {
 async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
     let (bench, storage) = (bench(), Storage::in_memory());
     let (files, ours) = (files(&bench, &storage), snapshot(&bench));
-    let theirs = changed(&ours, 0, 1);
+    let theirs = changed(&bench, &ours, 0, 1);
     let folder = files.write_whole(&theirs).await.unwrap();
     assert_eq!(files.write_whole(&theirs).await.unwrap(), folder, "the same state is done");
     let path = in_folder(&folder, MANIFEST);
@@ -179,7 +210,7 @@ async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
     );
     assert_eq!(storage.text(&path).await.unwrap().unwrap(), manifest, "it is left as it is");
     let there = ganglion_proto::manifest::parse(&manifest).unwrap();
-    assert!(files.read(&there).await.is_ok_and(|read| read.flat == theirs.flat));
+    assert!(files.read(&there).await.is_ok_and(|read| read == theirs));
     // A damaged manifest belongs to no state, nor does a torn one.
     for damage in ["file", "manifest"] {
         match damage {
@@ -189,7 +220,7 @@ async fn a_checkpoint_that_is_there_is_compared_before_it_is_taken_for_done() {
         files.write_whole(&ours).await.unwrap();
         let written = storage.text(&path).await.unwrap().unwrap();
         let written = ganglion_proto::manifest::parse(&written).unwrap();
-        assert!(files.read(&written).await.is_ok_and(|read| read.flat == ours.flat), "{damage}");
+        assert!(files.read(&written).await.is_ok_and(|read| read == ours), "{damage}");
     }
 }
 
@@ -209,12 +240,7 @@ fn a_run_begins_with_the_weights_of_a_checkpoint() {
     let mut other = bench();
     let _ = tch::no_grad(|| other.state.flat.g_add_scalar_(0.25));
     other.state.counters.position = Position(9);
-    let snapshot = Snapshot {
-        step: 3,
-        phase: 0,
-        flat: to_bytes(&other.state.flat).into(),
-        counters: other.state.counters,
-    };
+    let snapshot = Snapshot::whole((3, 0), to_bytes(&other.state.flat).into(), other.state.counters);
     let storage = Storage::open(&Address::parse(folder.path().to_str().unwrap()).unwrap()).unwrap();
     let files = other.files(&storage);
     let runtime = tokio::runtime::Runtime::new().unwrap();

@@ -28,7 +28,7 @@ fn training_and_sampling_never_draw_from_libtorch() {
             commit(&bench.model, &mut bench.state, phase, &leaf.flat, 0).unwrap();
         }
         let (flat, counters) = (to_bytes(&bench.state.flat).into(), bench.state.counters);
-        let snapshot = Snapshot { step: 1, phase: 0, flat, counters };
+        let snapshot = Snapshot::whole((1, 0), flat, counters);
         grid_of(&*bench.gan, &bench.model.layout, &snapshot, 7, 4).unwrap();
         assert!(default_generator_state().unwrap() == before, "{:?}", bench.job.model.kind);
     }

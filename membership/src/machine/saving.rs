@@ -1,7 +1,7 @@
 //! Checkpoints and the end of a run.
 
 use super::*;
-use crate::checkpoint::WrittenPart;
+use crate::checkpoint::{PartConflict, WrittenPart};
 
 impl Machine {
     pub(super) fn finished(
@@ -110,10 +110,8 @@ impl Machine {
                 actions.extend(given_up.into_iter().map(Action::AbandonCheckpoint));
                 actions.push(Action::Commit(checkpoint));
             }
-            Err(conflict) => {
-                // Which of the two states is right cannot be told: all members go back (D10).
-                self.diverged(format!("the workers' states differ at step {}", conflict.step), actions);
-            }
+            // Which of the two states is right cannot be told: all members go back (D10).
+            Err(PartConflict(what)) => self.diverged(what, actions),
         }
     }
 

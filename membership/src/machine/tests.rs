@@ -6,6 +6,7 @@ use super::locals::{ASIDE, FIT};
 use super::*;
 use crate::backend::Backend;
 use crate::checkpoint::{StoredFile, WrittenPart};
+use crate::digest::Share;
 use crate::events::{GroupMember, Rested, Start};
 use crate::limits::Limits;
 use crate::shards::shard_ranges;
@@ -45,8 +46,10 @@ fn file(index: u32) -> StoredFile {
     StoredFile { file: format!("state-{index}"), bytes: 1, blake3: "h".to_string() }
 }
 
-fn part(step: u64, index: u32, digest: &str) -> WrittenPart {
-    WrittenPart { step, phase: 0, index, count: 2, file: file(index), state_digest: digest.to_string() }
+/// A file of the state with this fingerprint, which has nothing in it.
+fn part(step: u64, index: u32, fingerprint: u64) -> WrittenPart {
+    let share = Share::default();
+    WrittenPart { step, phase: 0, index, count: 2, file: file(index), fingerprint, share }
 }
 
 fn checkpoint(step: u64) -> Checkpoint {
@@ -55,7 +58,7 @@ fn checkpoint(step: u64) -> Checkpoint {
         step,
         phase: 0,
         files: vec![file(0), file(1)],
-        state_digest: "d".to_string(),
+        state_digest: blake3::hash(b"").to_hex().to_string(),
     }
 }
 
@@ -425,8 +428,8 @@ fn a_run_that_had_finished_is_closed_by_the_new_coordinator() {
     let rest = Some(Rested { position: Some(Position(20)), finished: Some(true) });
     bench.resume(1, rest);
     bench.resume(2, rest);
-    bench.handle(Event::PartWritten(WorkerId(1), Generation(4), part(10, 0, "d")));
-    bench.handle(Event::PartWritten(WorkerId(2), Generation(4), part(10, 1, "d")));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(4), part(10, 0, 7)));
+    bench.handle(Event::PartWritten(WorkerId(2), Generation(4), part(10, 1, 7)));
     let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
     assert_eq!(ended(&actions), Some(&Outcome::Complete));
 }
@@ -592,7 +595,7 @@ fn the_last_skip_that_is_allowed_is_reported_by_all_members() {
 fn files_told_again_before_the_commit_are_no_abandoned_checkpoint() {
     let mut bench = Bench::training(2);
     let written = |bench: &mut Bench, worker, step, index| {
-        bench.handle(Event::PartWritten(WorkerId(worker), Generation(1), part(step, index, "d")))
+        bench.handle(Event::PartWritten(WorkerId(worker), Generation(1), part(step, index, 7)))
     };
     written(&mut bench, 1, 3, 0);
     let actions = written(&mut bench, 2, 3, 1);
@@ -803,9 +806,9 @@ fn a_worker_that_never_trained_changes_nothing_for_those_who_train() {
     let slow = Progress { slowest_leaf: Duration::from_secs(3600), ..Progress::default() };
     bench.handle(Event::Heartbeat(WorkerId(2), slow));
     assert_eq!(bench.machine.patience(), DEADLINE, "only members set the pace");
-    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(3, 0, "d")));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(3, 0, 7)));
     assert_eq!(
-        bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(3, 1, "e"))),
+        bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(3, 1, 8))),
         [],
         "no divergence"
     );
@@ -897,8 +900,8 @@ fn workers_are_released_once_the_last_checkpoint_is_committed() {
     let mut bench = Bench::training(2);
     bench.finished(1, 20);
     assert_eq!(bench.finished(2, 20), []);
-    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(10, 0, "d")));
-    let actions = bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(10, 1, "d")));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(10, 0, 7)));
+    let actions = bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(10, 1, 7)));
     assert_eq!(actions, [Action::Commit(checkpoint(10))]);
     let actions = bench.handle(Event::CheckpointCommitted(checkpoint(10)));
     let [first, second] = [1, 2].map(|worker| Action::Release(WorkerId(worker)));
@@ -921,14 +924,14 @@ fn a_loss_while_closing_makes_the_rest_save_again() {
 fn two_digests_of_one_step_roll_all_back_and_end_the_run_if_that_does_not_help() {
     let mut bench = Bench::training(2);
     for _ in 0..3 {
-        bench.handle(Event::PartWritten(WorkerId(1), bench.generation(), part(4, 0, "d")));
-        let actions = bench.handle(Event::PartWritten(WorkerId(2), bench.generation(), part(4, 1, "e")));
+        bench.handle(Event::PartWritten(WorkerId(1), bench.generation(), part(4, 0, 7)));
+        let actions = bench.handle(Event::PartWritten(WorkerId(2), bench.generation(), part(4, 1, 8)));
         assert_eq!(actions[0], Action::Condemn(bench.generation()));
         bench.ready(1, 9);
         assert_eq!(formed(&bench.ready(2, 9)).unwrap().start, Start::Fresh);
     }
-    bench.handle(Event::PartWritten(WorkerId(1), bench.generation(), part(4, 0, "d")));
-    let actions = bench.handle(Event::PartWritten(WorkerId(2), bench.generation(), part(4, 1, "e")));
+    bench.handle(Event::PartWritten(WorkerId(1), bench.generation(), part(4, 0, 7)));
+    let actions = bench.handle(Event::PartWritten(WorkerId(2), bench.generation(), part(4, 1, 8)));
     assert!(matches!(ended(&actions), Some(Outcome::Failed(what)) if what.contains("step 4")), "{actions:?}");
 }
 
@@ -1090,8 +1093,8 @@ fn states_of_a_condemned_generation_do_not_come_back_with_a_new_coordinator() {
 fn files_of_a_condemned_generation_make_no_checkpoint() {
     let mut bench = Bench::training(2);
     bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Diverged("x".to_string())));
-    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(4, 0, "e")));
-    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, "e"))), []);
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(1), part(4, 0, 8)));
+    assert_eq!(bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, 8))), []);
 }
 
 /// One file was still on its way when the next generation was formed: seed 943025.
@@ -1101,9 +1104,9 @@ fn late_files_of_a_condemned_generation_count_for_nothing_in_the_next_one() {
     bench.handle(Event::Fault(WorkerId(1), Generation(1), Fault::Diverged("x".to_string())));
     bench.ready(1, 9);
     assert_eq!(formed(&bench.ready(2, 9)).unwrap().start, Start::Fresh);
-    bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, "e")));
-    bench.handle(Event::PartWritten(WorkerId(1), Generation(2), part(4, 0, "d")));
-    let actions = bench.handle(Event::PartWritten(WorkerId(2), Generation(2), part(4, 1, "d")));
+    bench.handle(Event::PartWritten(WorkerId(2), Generation(1), part(4, 1, 8)));
+    bench.handle(Event::PartWritten(WorkerId(1), Generation(2), part(4, 0, 7)));
+    let actions = bench.handle(Event::PartWritten(WorkerId(2), Generation(2), part(4, 1, 7)));
     assert_eq!(actions, [Action::Commit(checkpoint(4))]);
 }
 

@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::*;
 use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, StoredFile, WrittenPart};
+use crate::digest::Share;
 use crate::events::{GroupMember, PlanKind};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ fn checkpoint(step: u64) -> Checkpoint {
 
 fn part(step: u64) -> WrittenPart {
     let file = StoredFile { file: "state-0".to_string(), bytes: 1, blake3: "h".to_string() };
-    WrittenPart { step, phase: 0, index: 0, count: 1, file, state_digest: "d".to_string() }
+    WrittenPart { step, phase: 0, index: 0, count: 1, file, fingerprint: 7, share: Share::default() }
 }
 
 fn rest(position: u64) -> Rested {

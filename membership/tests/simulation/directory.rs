@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use ganglion_membership::{
-    Checkpoint, Generation, Group, Passport, Position, StoredFile, Term, WorkerId, WrittenPart,
+    Checkpoint, Generation, Group, Passport, Position, Share, StoredFile, Stretch, Term, WorkerId,
+    WrittenPart,
 };
 
 use crate::job::{Job, State};
@@ -144,8 +145,17 @@ pub(crate) fn part(job: &Job, state: &State, index: u32) -> WrittenPart {
         index,
         count: job.parts,
         file: file(state, index),
-        state_digest: state.digest(),
+        fingerprint: state.fingerprint(),
+        share: share(state, (index as usize, job.parts as usize)),
     }
+}
+
+/// The share of a file in the digest: each has some of the fingerprint's bytes.
+fn share(state: &State, (index, parts): (usize, usize)) -> Share {
+    let bytes = state.fingerprint().to_le_bytes();
+    let [start, end] = [index, index + 1].map(|index| index * bytes.len() / parts);
+    let stretch = Stretch::of(bytes.len() as u64, start as u64, &[&bytes[start..end]]);
+    Share { total: bytes.len() as u64, stretches: vec![stretch] }
 }
 
 fn file(state: &State, index: u32) -> StoredFile {
@@ -160,6 +170,6 @@ pub(crate) fn whole(job: &Job, state: &State) -> Checkpoint {
         step: first.step,
         phase: first.phase,
         files: (0..job.parts).map(|index| file(state, index)).collect(),
-        state_digest: first.state_digest,
+        state_digest: state.digest(),
     }
 }

@@ -31,7 +31,7 @@ impl State {
 
     /// The digest that manifests carry.
     pub(crate) fn digest(&self) -> String {
-        format!("{:016x}", self.fingerprint())
+        blake3::hash(&self.fingerprint().to_le_bytes()).to_hex().to_string()
     }
 
     /// Applies a reduced phase.

@@ -48,8 +48,10 @@ fn resume() -> Resume {
 
 #[test]
 fn a_workers_messages_survive_the_wire() {
+    let stretch = Stretch { start: 1000, len: 2072, ends: vec![7; 24], subtrees: vec![[1; 32], [2; 32]] };
+    let share = Share { total: 4000, stretches: vec![stretch] };
     let part =
-        WrittenPart { step: 1, phase: 0, index: 1, count: 4, file: file(), state_digest: "b".repeat(64) };
+        WrittenPart { step: 1, phase: 0, index: 1, count: 4, file: file(), fingerprint: u64::MAX, share };
     let row = MetricsRow {
         step: 1,
         time: 2.5,
@@ -230,9 +232,11 @@ mod hostile {
 
     prop_compose! {
         fn part()(generation in number(), step in number(), phase: u32, index: u32, count: u32, file in words(), bytes in number(),
-            state_digest in words()) -> wire::PartWritten {
+            start in number(), subtrees in proptest::collection::vec(0u8..3, 0..100)) -> wire::PartWritten {
             let file = Some(wire::StoredFile { file, bytes, blake3: "a".repeat(64) });
-            wire::PartWritten { generation, step, phase, index, count, file, state_digest }
+            let stretches = vec![wire::Stretch { start, bytes, ends: subtrees.clone(), subtrees }];
+            let (fingerprint, digest_bytes) = (start, bytes);
+            wire::PartWritten { generation, step, phase, index, count, file, fingerprint, digest_bytes, stretches }
         }
     }
 

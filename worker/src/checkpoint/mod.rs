@@ -5,59 +5,35 @@
 //! 2. A file appears whole or not at all. An existing file with the same content counts as written.
 //! 3. A reader accepts no file whose hash is not the manifest's, and no state whose digest is not.
 
+mod fingerprints;
 pub mod init_weights;
+mod records;
+mod snapshot;
 pub(crate) mod storage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use bytes::Bytes;
-use c10d::HostCopy;
-use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
+use ganglion_membership::{Checkpoint, Position, Share, StoredFile, WorkerId, WrittenPart};
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::{manifest, rows};
 use ganglion_storage::{MANIFEST, PutPayload, Storage, in_folder};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use tch::Tensor;
 
+pub use self::fingerprints::Fingerprints;
+use self::records::Records;
+pub use self::snapshot::{Snapshot, joined, weights};
 use crate::nn::tensor_bytes::{from_bytes, to_bytes};
 use crate::nn::{Constant, TensorSpec};
-use crate::state::{Counters, Layout, NamedTensor, State, StateLayout};
+use crate::state::{Counters, Layout, NamedTensor, StateLayout};
 
 /// Approximate size of a state part, within the limits of [`part_count`].
 const PART_BYTES: usize = 64 << 20;
 /// Advice for a checkpoint whose numbers are not finite.
 pub(crate) const EARLIER: &str = "training had failed before this checkpoint was saved: take an earlier one, or train anew with a smaller \
      optimizer.learning_rate";
-
-/// Copy of the state in host memory.
-#[derive(Clone, Debug)]
-pub struct Snapshot {
-    /// Number of steps done.
-    pub step: u64,
-    /// Number of phases done of the next step.
-    pub phase: u32,
-    /// Buffer of the state, as little-endian floats. Files share this memory.
-    pub flat: Bytes,
-    /// Integer state.
-    pub counters: Counters,
-}
-
-impl Snapshot {
-    /// Copies a state, at the end of a phase of step `step`.
-    ///
-    /// # Errors
-    /// The host has no memory for it, or a device fails.
-    pub fn of(state: &State, step: u64, phase: u32) -> Result<Snapshot, c10d::Error> {
-        let flat = Bytes::from_owner(HostCopy::of(&state.flat)?);
-        Ok(Snapshot { step, phase, flat, counters: state.counters })
-    }
-
-    /// Floats of a range of the buffer, flat.
-    pub fn floats(&self, range: Range<usize>) -> Tensor {
-        from_bytes(&self.flat[4 * range.start..4 * range.end])
-    }
-}
 
 /// A file of a checkpoint beside the state, with the weights that samples are drawn with.
 #[derive(Clone, Debug)]
@@ -107,6 +83,16 @@ enum Content {
     Index(BTreeMap<String, String>),
 }
 
+impl Content {
+    /// Tensors of the state that it is made from.
+    fn tensors(&self) -> &[NamedTensor] {
+        match self {
+            Content::State { tensors, .. } | Content::Weights(tensors) => tensors,
+            Content::Index(_) => &[],
+        }
+    }
+}
+
 /// Tensors that hold the integer state, by name.
 fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
     [
@@ -118,9 +104,9 @@ fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
 
 /// Number of parts that hold the state: a function of the job, and not of the workers that write them.
 fn part_count(layout: &StateLayout, data_shards: u32) -> usize {
-    // At least four, so that several members share the work; no more than shards, as a group is no
-    // larger, nor than tensors.
-    (4 * layout.len).div_ceil(PART_BYTES).max(4).min(data_shards as usize).min(layout.tensors().len())
+    // At least four, so that several members share the work, but no more than shards, as a group is no larger.
+    // More of a large state, so that each member copies and hashes about as much as the others.
+    (4 * layout.len).div_ceil(PART_BYTES).max(data_shards.min(4) as usize).min(layout.tensors().len())
 }
 
 fn part_name(index: usize, parts: usize) -> String {
@@ -162,30 +148,9 @@ pub fn file_count(layout: &StateLayout, weights: Option<&WeightsFile>, data_shar
     part_count(layout, data_shards) + usize::from(weights.is_some()) + 1
 }
 
-/// blake3 over all tensors by name, in hex: name, NUL, dtype, NUL, rank and shape as u64, elements;
-/// little-endian.
+/// Digest of the whole state, of which this is a snapshot: blake3 over the records of its tensors, in hex.
 pub fn state_digest(layout: &StateLayout, snapshot: &Snapshot) -> String {
-    let counters = counter_tensors(&snapshot.counters);
-    // By name, so that the digest does not depend on the layout in memory.
-    let mut tensors: BTreeMap<&str, (Dtype, Vec<i64>, &[u8])> = BTreeMap::new();
-    for (name, bytes) in &counters {
-        tensors.insert(name, (Dtype::I64, vec![1], bytes));
-    }
-    let named = layout.tensors();
-    for tensor in &named {
-        tensors.insert(&tensor.name, (Dtype::F32, tensor.shape.clone(), &snapshot.flat[bytes_of(tensor)]));
-    }
-    let mut hasher = blake3::Hasher::new();
-    for (name, (dtype, shape, bytes)) in tensors {
-        // A NUL ends each text, so that two lists of tensors cannot give the same bytes.
-        hasher.update(name.as_bytes()).update(&[0]).update(dtype.to_string().as_bytes()).update(&[0]);
-        hasher.update(&(shape.len() as u64).to_le_bytes());
-        for size in shape {
-            hasher.update(&size.to_le_bytes());
-        }
-        hasher.update(bytes);
-    }
-    hasher.finalize().to_hex().to_string()
+    Records::new(layout, &snapshot.counters).digest(snapshot)
 }
 
 fn bytes_of(tensor: &NamedTensor) -> Range<usize> {
@@ -214,7 +179,7 @@ pub struct Files<'a> {
 
 impl Files<'_> {
     /// Renders the content of a planned file.
-    fn render(&self, snapshot: &Snapshot, state_digest: &str, planned: &Planned) -> PutPayload {
+    fn render(&self, snapshot: &Snapshot, planned: &Planned) -> PutPayload {
         let text = |key: &str, value: String| (key.to_string(), value);
         match &planned.content {
             Content::State { tensors, with_counters } => {
@@ -229,7 +194,6 @@ impl Files<'_> {
                     text("format", "pt".to_string()),
                     text("step", snapshot.step.to_string()),
                     text("phase", snapshot.phase.to_string()),
-                    text("state_digest", state_digest.to_string()),
                 ];
                 serialize(counters.chain(named).collect(), &about.into())
             }
@@ -260,30 +224,27 @@ impl Files<'_> {
         }
     }
 
-    /// Writes file `index` of a checkpoint and returns its report.
+    /// Ranges of the state's buffer that these files are written from, by their indices.
+    pub fn ranges(&self, files: &[usize]) -> Vec<Range<usize>> {
+        let planned = plan(self.layout, self.weights, self.data_shards);
+        let tensors = files.iter().flat_map(|index| planned[*index].content.tensors());
+        tensors.map(|tensor| tensor.range.clone()).collect()
+    }
+
+    /// Writes file `index` of a checkpoint and returns its report. The fingerprints are of the state that the
+    /// snapshot was taken of.
     pub async fn write(
         &self,
         snapshot: &Snapshot,
-        state_digest: &str,
+        fingerprints: &Fingerprints,
         index: usize,
     ) -> Result<WrittenPart, CheckpointError> {
         let planned = plan(self.layout, self.weights, self.data_shards);
-        let count = planned.len();
-        let planned = &planned[index];
-        // Rendered anew for each file: the content of all of them would be a second state in memory.
-        let content = self.render(snapshot, state_digest, planned);
-        let file = StoredFile {
-            file: planned.name.clone(),
-            bytes: content.content_length() as u64,
-            blake3: hash(&content),
-        };
-        let path = in_folder(&Checkpoint::folder_of(snapshot.step, snapshot.phase), &file.file);
-        // An existing file is fine: another worker, or an earlier process of the run, wrote it, and the
-        // same state gives the same bytes.
-        // Waits for the storage: not bounded here, but each request is (`storage`), and the caller tries
-        // again while training goes on.
-        let written = self.storage.create(&path, &content, &file.blake3).await;
-        written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })?;
+        let (count, planned) = (planned.len(), &planned[index]);
+        let tensors = planned.content.tensors();
+        let fingerprint = fingerprints.with_copies(snapshot, tensors);
+        let fingerprint = fingerprint.map_err(|error| CheckpointError::Corrupt(error.to_string()))?;
+        let file = self.store(snapshot, planned).await?;
         let small = |n: usize| u32::try_from(n).expect("a checkpoint has few files");
         Ok(WrittenPart {
             step: snapshot.step,
@@ -291,8 +252,35 @@ impl Files<'_> {
             index: small(index),
             count: small(count),
             file,
-            state_digest: state_digest.to_string(),
+            fingerprint,
+            share: self.share(snapshot, &planned.content),
         })
+    }
+
+    /// Share of a file in the state digest.
+    fn share(&self, snapshot: &Snapshot, content: &Content) -> Share {
+        // The other files are derived from the state.
+        let Content::State { tensors, with_counters } = content else { return Share::default() };
+        let mut own: BTreeSet<&str> = tensors.iter().map(|tensor| &tensor.name[..]).collect();
+        let counters = counter_tensors(&snapshot.counters);
+        own.extend(counters.iter().filter(|_| *with_counters).map(|(name, _)| *name));
+        Records::new(self.layout, &snapshot.counters).share(snapshot, |name| own.contains(name))
+    }
+
+    /// Writes a file.
+    async fn store(&self, snapshot: &Snapshot, planned: &Planned) -> Result<StoredFile, CheckpointError> {
+        // Rendered anew for each file: the content of all of them would be a second state in memory.
+        let content = self.render(snapshot, planned);
+        let (file, bytes) = (planned.name.clone(), content.content_length() as u64);
+        let file = StoredFile { file, bytes, blake3: hash(&content) };
+        let path = in_folder(&Checkpoint::folder_of(snapshot.step, snapshot.phase), &file.file);
+        // An existing file is fine: another worker, or an earlier process of the run, wrote it, and the
+        // same state gives the same bytes.
+        // Waits for the storage: not bounded here, but each request is (`storage`), and the caller tries
+        // again while training goes on.
+        let written = self.storage.create(&path, &content, &file.blake3).await;
+        written.map_err(|source| CheckpointError::Storage { file: path.to_string(), source })?;
+        Ok(file)
     }
 
     /// Writes a whole checkpoint, its manifest last. Existing files stay, except damaged ones. Returns its
@@ -305,11 +293,10 @@ impl Files<'_> {
         let digest = state_digest(self.layout, snapshot);
         // Before anything is written: a whole checkpoint must not get files of another state.
         self.refuse_other(snapshot, &digest).await?;
-        let count = file_count(self.layout, self.weights, self.data_shards);
-        let mut files = Vec::with_capacity(count);
-        for index in 0..count {
+        let mut files = Vec::new();
+        for planned in plan(self.layout, self.weights, self.data_shards) {
             // One after the other, so that memory holds one file beside the state.
-            files.push(self.write(snapshot, &digest, index).await?.file);
+            files.push(self.store(snapshot, &planned).await?);
         }
         let position = snapshot.counters.position;
         let (step, phase) = (snapshot.step, snapshot.phase);
@@ -385,7 +372,7 @@ impl Files<'_> {
             return Err(CheckpointError::Corrupt(format!("{} lacks {name}", checkpoint.folder())));
         }
         let Checkpoint { step, phase, .. } = *checkpoint;
-        let snapshot = Snapshot { step, phase, flat: flat.into(), counters };
+        let snapshot = Snapshot::whole((step, phase), flat.into(), counters);
         // The files are each whole, and may still be of different states (invariant 3).
         if state_digest(self.layout, &snapshot) != checkpoint.state_digest {
             let what = format!("{} does not have the manifest's state digest", checkpoint.folder());
@@ -434,7 +421,7 @@ fn little_endian(numbers: &[i64]) -> Vec<u8> {
 
 /// A tensor of a state under a name. It shares the snapshot's memory.
 fn floats(snapshot: &Snapshot, tensor: &NamedTensor, name: String) -> Entry {
-    let bytes = snapshot.flat.slice(bytes_of(tensor));
+    let bytes = snapshot.bytes(tensor.range.clone());
     Entry { name, dtype: Dtype::F32, shape: tensor.shape.clone(), bytes }
 }
 

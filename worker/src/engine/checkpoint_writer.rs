@@ -22,7 +22,7 @@ use ganglion_storage::{Pauses, reason};
 use serde::Serialize;
 
 use crate::checkpoint::storage::{PAUSES, RunStorage};
-use crate::checkpoint::{CheckpointError, Snapshot, state_digest};
+use crate::checkpoint::{CheckpointError, Fingerprints, Snapshot};
 use crate::data::DataSet;
 use crate::nn::broken::guarded;
 use crate::objective::Model;
@@ -35,17 +35,19 @@ const WAITING_LIMIT: usize = 2;
 
 /// Size from which on a snapshot waits until the one before is stored, in bytes: memory for one of them
 /// may be all that is left.
-const LARGE: usize = 256 << 20;
+const LARGE: usize = 64 << 20;
 
 /// Work on one snapshot.
 #[derive(Clone, Debug)]
 pub(crate) struct Order {
     /// Generation that trained to the snapshot.
     pub generation: Generation,
-    /// State to save.
+    /// What to save and draw from.
     pub snapshot: Arc<Snapshot>,
     /// Files of its checkpoint to write, by index.
     pub files: Vec<usize>,
+    /// Fingerprints of the state, for the files' reports.
+    pub fingerprints: Option<Fingerprints>,
     /// Whether to draw a sample grid.
     pub samples: bool,
 }
@@ -56,8 +58,8 @@ enum Task {
     Save(Order),
     /// Draw real samples.
     Real(Arc<DataSet>),
-    /// Get memory for the first snapshot.
-    Prepare,
+    /// Get memory for the first snapshot, of so many floats.
+    Prepare(usize),
 }
 
 /// Arguments of the thread's slices in a trace.
@@ -94,8 +96,10 @@ struct Queue {
     waiting: VecDeque<Order>,
     /// Data set of which a grid of real samples is to be drawn.
     real: Option<Arc<DataSet>>,
-    /// Whether memory for the first snapshot is to be got, if it was asked for.
-    prepare: Option<bool>,
+    /// Number of floats that memory is to be got for.
+    prepare: Option<usize>,
+    /// Whether it was asked for.
+    is_prepared: bool,
     busy: bool,
     failing: bool,
     /// Whether the order under way is discarded, so that its files are not reported.
@@ -172,9 +176,13 @@ impl Archive {
         self.shared.notify();
     }
 
-    /// Gets memory for the first snapshot, beside training. Does so once.
-    pub(crate) fn prepare(&self) {
-        self.shared.lock().prepare.get_or_insert(true);
+    /// Gets memory for the first snapshot, of so many floats, beside training. Does so once.
+    pub(crate) fn prepare(&self, numel: usize) {
+        let mut queue = self.shared.lock();
+        if !std::mem::replace(&mut queue.is_prepared, true) {
+            queue.prepare = Some(numel);
+        }
+        drop(queue);
         self.shared.notify();
     }
 
@@ -226,9 +234,9 @@ impl Monitor<Queue> {
                     self.rest(context);
                     continue;
                 }
-                Task::Prepare => {
+                Task::Prepare(numel) => {
                     // A state that finds no memory now says so when it is saved.
-                    if let Err(error) = HostCopy::prepare(context.model.layout.len) {
+                    if let Err(error) = HostCopy::prepare(numel) {
                         tracing::debug!("no memory for the first snapshot yet: {error}");
                     }
                     self.rest(context);
@@ -281,13 +289,10 @@ impl Monitor<Queue> {
                 queue.busy = true;
                 return Some(Task::Real(data));
             }
-            if queue.prepare == Some(true) {
-                queue.prepare = Some(false);
-                // Too late once there is a snapshot: it has memory of its own.
-                if queue.waiting.is_empty() {
-                    queue.busy = true;
-                    return Some(Task::Prepare);
-                }
+            // Too late once there is a snapshot: it has memory of its own.
+            if let Some(numel) = queue.prepare.take().filter(|_| queue.waiting.is_empty()) {
+                queue.busy = true;
+                return Some(Task::Prepare(numel));
             }
             if let Some(order) = queue.waiting.pop_front() {
                 (queue.busy, queue.void) = (true, false);
@@ -302,19 +307,15 @@ impl Monitor<Queue> {
     }
 
     async fn write(&self, context: &Context, order: &Order) {
-        if order.files.is_empty() {
-            return;
-        }
+        let Some(fingerprints) = &order.fingerprints else { return };
         let of = Of { step: order.snapshot.step, file: None };
-        let hash = || state_digest(&context.model.layout, &order.snapshot);
-        let digest = context.track.during("hash state", of, hash);
         let files = context.model.files(context.storage.storage(), context.job.job.data_shards);
         for index in &order.files {
             let mut pauses = Pauses::new(PAUSES[0], PAUSES[1]);
             loop {
                 let begun = now();
                 let written = match context.storage.check().await {
-                    Ok(()) => files.write(&order.snapshot, &digest, *index).await,
+                    Ok(()) => files.write(&order.snapshot, fingerprints, *index).await,
                     Err(error) => Err(error),
                 };
                 context.track.slice(begun, now(), "write file", Of { file: Some(*index), ..of });

@@ -1,5 +1,6 @@
 //! Reports of a finished step: the metrics row, the sample grid, the checkpoint, the evaluation.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ use super::checkpoint_writer::Order;
 use super::generation::TeamError;
 use super::train::Course;
 use super::trainer::{Held, Trainer};
-use crate::checkpoint::Snapshot;
+use crate::checkpoint::{Fingerprints, Snapshot, joined, weights};
 use crate::objective::{Model, Phase, ScalarRole};
 use crate::state::{Counters, State, narrow};
 
@@ -238,24 +239,42 @@ impl Trainer {
         if !is_archived && !due.evaluation {
             return Ok(());
         }
+        let ranges = self.ranges(&files, samples || due.evaluation);
         if is_archived {
-            self.archive.make_room(self.model.steps(state.counters.position), 4 * state.layout.len);
+            self.archive.make_room(self.model.steps(state.counters.position), 4 * floats(&ranges));
         }
-        let snapshot = Arc::new(self.snapshot(state)?);
+        let snapshot = Arc::new(self.snapshot(state, &ranges)?);
         if due.evaluation {
             self.evaluations.push(snapshot.clone(), is_first);
         }
         if is_archived {
             let generation = assignment.group.generation;
-            self.archive.push(Order { generation, snapshot, files, samples });
+            let is_written = !files.is_empty();
+            let fingerprints =
+                is_written.then(|| Fingerprints::of(&state.layout, &state.flat)).transpose()?;
+            self.archive.push(Order { generation, snapshot, files, fingerprints, samples });
         }
         Ok(())
     }
 
-    /// Copies a state to host memory.
-    pub(super) fn snapshot(&self, state: &State) -> Result<Snapshot, c10d::Error> {
+    /// Gets memory for this member's first snapshot, beside training.
+    pub(super) fn prepare_snapshot(&self, assignment: &Assignment) {
+        let draws = assignment.rank == 0 && self.job.sample.every_steps != 0;
+        self.archive.prepare(floats(&self.ranges(&self.files_to_write(assignment), draws)));
+    }
+
+    /// Ranges of the state's buffer that a snapshot has for these files, and if it `draws` for samples and
+    /// evaluations. The files of a checkpoint are written by all members, so none of them copies all of it.
+    fn ranges(&self, files: &[usize], draws: bool) -> Vec<Range<usize>> {
+        let of_files = self.model.files(self.storage.storage(), self.job.job.data_shards).ranges(files);
+        let drawn = weights(&self.model.layout).filter(|_| draws);
+        joined(of_files.into_iter().chain(drawn).collect())
+    }
+
+    /// Copies ranges of a state to host memory.
+    pub(super) fn snapshot(&self, state: &State, ranges: &[Range<usize>]) -> Result<Snapshot, c10d::Error> {
         let (step, phase) = self.model.place(state.counters.position);
-        Snapshot::of(state, step, phase.index)
+        Snapshot::of(state, (step, phase.index), ranges)
     }
 
     /// Returns this member's share of a checkpoint's files: they are dealt to all members that see the
@@ -291,6 +310,11 @@ impl Trainer {
         self.session.advance(Event::Saved);
         Ok(())
     }
+}
+
+/// Number of floats in these ranges.
+fn floats(ranges: &[Range<usize>]) -> usize {
+    ranges.iter().map(ExactSizeIterator::len).sum()
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ impl Trainer {
             let agreed = self.run_phase(team, held, phase, &mut course)?;
             // Not earlier: what the first step of a group takes is what its members wait for.
             if self.model.is_last(phase) && std::mem::take(&mut is_first) {
-                self.archive.prepare();
+                self.prepare_snapshot(assignment);
             }
             let position = held.state.counters.position;
             next = self.session.advance(Event::Committed { position, agreed });

@@ -22,7 +22,6 @@ use crate::checkpoint::storage::{Reading, RunStorage};
 use crate::data::{DataError, DataSet};
 use crate::eval::beside::Evaluations;
 use crate::nn::broken::guarded;
-use crate::nn::tensor_bytes::from_bytes;
 use crate::objective::Model;
 use crate::session::Session;
 use crate::state::State;
@@ -128,7 +127,10 @@ impl Trainer {
         }
         let files = self.model.files(self.storage.storage(), self.job.job.data_shards);
         let uncopied = |error| CheckpointError::Corrupt(format!("the state cannot be copied: {error}"));
-        let (snapshot, rows) = (self.snapshot(state).map_err(uncopied)?, self.session.kept_rows());
+        // All of it: the other members may hold an older one, or be lost.
+        let whole = 0..state.layout.len;
+        let snapshot = self.snapshot(state, &[whole]).map_err(uncopied)?;
+        let rows = self.session.kept_rows();
         let worker = self.session.welcome().worker;
         let save = async || {
             self.storage.check().await?;
@@ -208,7 +210,7 @@ impl Trainer {
             }
         };
         let mut state = State::zeros(self.model.layout.clone(), self.device);
-        no_grad(|| state.flat.copy_(&from_bytes(&snapshot.flat)));
+        no_grad(|| state.flat.copy_(&snapshot.floats(0..self.model.layout.len)));
         state.counters = snapshot.counters;
         self.track.slice(begun, now(), "read checkpoint", Nothing {});
         Ok(Held { state, pending: Pending::new(&self.model) })

@@ -12,13 +12,13 @@ use ganglion_proto::job::{
     NonFinite, Optimizer, OptimizerKind, OptimizerOptions, Precision, Reduction, Sample, Tf32,
 };
 use ganglion_storage::{Storage, in_folder};
-use ganglion_worker::checkpoint::{Files, Snapshot, file_count, state_digest};
+use ganglion_worker::checkpoint::{Files, Fingerprints, Snapshot, file_count};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
 use ganglion_worker::objective::gan::{DISCRIMINATOR, Gan, Input};
 use ganglion_worker::objective::{Model as Objective, Phase, ShardAt, ShardBatch, ShardGrad};
 use ganglion_worker::random::{Key, Purpose};
-use ganglion_worker::state::State;
+use ganglion_worker::state::{State, StateLayout};
 use tch::{Device, Kind, Tensor};
 
 /// A job small enough to compute in milliseconds.
@@ -156,15 +156,20 @@ pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
     Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
 }
 
+/// Fingerprints of a snapshot of a whole state.
+pub(crate) fn fingerprints(layout: &StateLayout, snapshot: &Snapshot) -> Fingerprints {
+    Fingerprints::of(layout, &snapshot.floats(0..layout.len)).unwrap()
+}
+
 /// Writes all files of a checkpoint.
 pub(crate) async fn save(files: &Files<'_>, snapshot: &Snapshot) -> Saved {
-    let digest = state_digest(files.layout, snapshot);
+    let fingerprints = fingerprints(files.layout, snapshot);
     let mut assembly = Assembly::default();
     // A small job's.
     let shape = StepShape::new(3, vec![0, 1]).unwrap();
     let mut saved = None;
     for index in 0..file_count(files.layout, files.weights, files.data_shards) {
-        let part = files.write(snapshot, &digest, index).await.unwrap();
+        let part = files.write(snapshot, &fingerprints, index).await.unwrap();
         saved = assembly.add(part, &shape).unwrap();
     }
     saved.expect("the last file completes the checkpoint")

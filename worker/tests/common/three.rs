@@ -5,7 +5,6 @@ use std::borrow::Cow;
 
 use c10d::aten::Adam;
 use ganglion_worker::checkpoint::Snapshot;
-use ganglion_worker::nn::tensor_bytes::from_bytes;
 use ganglion_worker::nn::{Init, TensorSpec};
 use ganglion_worker::objective::{
     BatchSums, BufferId, Compute, Evaluator, NamedNetwork, NetworkId, NetworkSet, Objective, Optimizer,
@@ -176,7 +175,7 @@ impl Evaluator for Three {
         layout: &'a StateLayout,
         snapshot: &'a Snapshot,
     ) -> Result<BatchSums<'a>, c10d::Error> {
-        let flat = from_bytes(&snapshot.flat);
+        let flat = snapshot.floats(0..layout.len);
         let average = layout.network(ENCODER).average_range().expect("the encoder has one");
         let (encoder, buffers) = layout.network(ENCODER).views(&narrow(&flat, average));
         let (head, _) = layout.network(HEAD).views(&narrow(&flat, layout.network(HEAD).weight_range()));

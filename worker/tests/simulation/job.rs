@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use ganglion_membership::{Checkpoint, Position, StoredFile, WorkerId, WrittenPart};
+use ganglion_membership::{Checkpoint, Position, Share, StoredFile, Stretch, WorkerId, WrittenPart};
 use ganglion_proto::job::Job;
 use ganglion_proto::message::MetricsRow;
 use ganglion_proto::stream::{SampleStream, StreamShape, ledger_term};
@@ -101,14 +101,32 @@ fn tensors(state: &State) -> BTreeMap<&'static str, [u8; 8]> {
     .into()
 }
 
+/// Records of the tensors of each file, one after the other: all of them together give the digest.
+fn records(state: &State) -> [Vec<u8>; FILES as usize] {
+    let mut records = [const { Vec::new() }; FILES as usize];
+    for (name, bytes) in tensors(state) {
+        let one = 1_u64.to_le_bytes();
+        let record = [name.as_bytes(), b"\0I64\0", &one, &one, &bytes].concat();
+        records[file_of(name) as usize].extend(record);
+    }
+    records
+}
+
 /// The digest of a state, as checkpoints have it.
 pub(crate) fn digest(state: &State) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for (name, bytes) in tensors(state) {
-        hasher.update(name.as_bytes()).update(&[0]).update(b"I64").update(&[0]);
-        hasher.update(&1_u64.to_le_bytes()).update(&1_u64.to_le_bytes()).update(&bytes);
-    }
-    hasher.finalize().to_hex().to_string()
+    blake3::hash(&records(state).concat()).to_hex().to_string()
+}
+
+/// The share of a file in the digest.
+fn share(state: &State, index: u32) -> Share {
+    let (records, index) = (records(state), index as usize);
+    let [start, total] = [&records[..index], &records].map(|records| records.concat().len() as u64);
+    Share { total, stretches: vec![Stretch::of(total, start, &[&records[index]])] }
+}
+
+/// The file that a tensor is in.
+fn file_of(name: &str) -> u32 {
+    u32::from(!name.starts_with("counters"))
 }
 
 /// Which files a member of a group writes, by the indices of its place among the writers.
@@ -119,7 +137,7 @@ pub(crate) fn files_of(place: usize, writers: usize) -> Vec<u32> {
 fn content(state: &State, index: u32) -> (String, Vec<u8>) {
     let name = format!("state-{:05}-of-{FILES:05}.safetensors", index + 1);
     let tensors = tensors(state);
-    let mine = tensors.iter().filter(|(name, _)| (index == 0) == name.starts_with("counters"));
+    let mine = tensors.iter().filter(|(name, _)| file_of(name) == index);
     let views = mine.map(|(name, bytes)| {
         (*name, TensorView::new(Dtype::I64, vec![1], bytes.as_slice()).expect("it is one number"))
     });
@@ -135,7 +153,8 @@ pub(crate) fn write_part(storage: &Path, job: &Job, state: &State, index: u32) -
     fs::write(folder.join(&file), &bytes)?;
     let blake3 = blake3::hash(&bytes).to_hex().to_string();
     let file = StoredFile { file, bytes: bytes.len() as u64, blake3 };
-    Ok(WrittenPart { step, phase, index, count: FILES, file, state_digest: digest(state) })
+    let (fingerprint, share) = (state.fingerprint(), share(state, index));
+    Ok(WrittenPart { step, phase, index, count: FILES, file, fingerprint, share })
 }
 
 /// Leaves rows for the next coordinator.

@@ -186,7 +186,7 @@ fn bounds(draws: u32, change: impl Fn(&str, &mut Tensor)) -> [f64; 2] {
         change(&tensor.name, &mut narrow(&state.flat, tensor.range));
     }
     let flat = to_bytes(&state.flat);
-    let snapshot = Snapshot { step: 0, phase: 0, flat: flat.into(), counters: state.counters };
+    let snapshot = Snapshot::whole((0, 0), flat.into(), state.counters);
     let samples = Samples::Images(Tensor::full([BATCH, 1, 28, 28], -0.5, (Kind::Float, Device::Cpu)));
     let batch = ShardBatch { samples, classes: None };
     let evaluator = model.objective.evaluator().unwrap();
