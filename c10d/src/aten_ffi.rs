@@ -55,6 +55,7 @@ pub(crate) mod shim {
 
     unsafe extern "C++" {
         include!("c10d/shim/aten.h");
+        include!("c10d/shim/product.h");
 
         #[namespace = "at"]
         type Tensor = crate::ffi::shim::Tensor;
@@ -83,6 +84,8 @@ pub(crate) mod shim {
         fn use_huge_pages() -> Result<()>;
         fn trim_heap() -> Result<()>;
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
+        fn product(a: &Tensor, b: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn linear(input: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;
         fn layer_norm_backward(

@@ -56,6 +56,16 @@ pub(super) fn root(count: i64) -> f32 {
     count.sqrt()
 }
 
+/// Linear layer: each row of `x`, (n, inputs), with a weight, (outputs, inputs), and perhaps a bias.
+pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    c10d::aten::linear(x, weight, bias).expect("a layer's tensors fit its input")
+}
+
+/// Product of matrices.
+pub(super) fn product(a: &Tensor, b: &Tensor) -> Tensor {
+    c10d::aten::product(a, b).expect("the factors fit each other")
+}
+
 /// Casts tensors of lower precision to fp32.
 pub(super) fn in_single(x: &Tensor) -> Tensor {
     match x.kind() {

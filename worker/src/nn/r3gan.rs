@@ -17,8 +17,10 @@
 
 use tch::Tensor;
 
-use super::pieces::{Sizes, Specs, double, features_first, features_last, halve, in_single, root, scaled};
-use super::sequential::leaky_relu;
+use super::pieces::{
+    Sizes, Specs, double, features_first, features_last, halve, in_single, linear, root, scaled,
+};
+use super::sequential::{leaky_relu, sizes};
 use super::{Init, Network, Pass, TensorSpec};
 
 /// Features per group of a grouped convolution: 16 in the paper's networks, and a vector on CPUs.
@@ -88,7 +90,7 @@ impl Piece {
             Piece::Start { features, side, .. } => {
                 let basis = next().view([1, features, side * side]).transpose(1, 2);
                 // The order of `specs`: first the map, then its weights.
-                let weighed = x.linear(next(), None::<Tensor>).view([-1, 1, features]) * basis;
+                let weighed = linear(x, next(), None).view([-1, 1, features]) * basis;
                 weighed.view([-1, side, side, features])
             }
             Piece::Block { features, .. } => block(x, EXPANSION * features / GROUP, next),
@@ -106,7 +108,7 @@ impl Piece {
                     false,
                     None,
                 );
-                seen.linear(next(), None::<Tensor>)
+                linear(&seen, next(), None)
             }
         }
     }
@@ -115,13 +117,13 @@ impl Piece {
 fn block(x: &Tensor, groups: i64, next: Next<'_, '_>) -> Tensor {
     let [_, height, width, features] = <[i64; 4]>::try_from(x.size()).expect("maps have four dimensions");
     // Activations and sums are in place on what products give as it is: on a view autograd would copy.
-    let wide = leaky_relu(rows(x).linear(&next().flatten(1, -1), Some(next())), SLOPE);
+    let wide = leaky_relu(linear(&rows(x), &next().flatten(1, -1), Some(next())), SLOPE);
     let wide = wide.view([-1, height, width, EXPANSION * features]);
     let (weight, bias) = (next(), next());
     let seen = features_first(&wide).conv2d(weight, Some(bias), [1, 1], [1, 1], [1, 1], groups);
     let seen = features_last(&leaky_relu(seen, SLOPE));
     // The sum of the block and its input, in place on the product, which is needed nowhere else.
-    let narrow = rows(&seen).linear(&next().flatten(1, -1), None::<Tensor>).g_add_(&rows(x));
+    let narrow = linear(&rows(&seen), &next().flatten(1, -1), None).g_add_(&rows(x));
     narrow.view([-1, height, width, features])
 }
 
@@ -132,7 +134,9 @@ fn rows(x: &Tensor) -> Tensor {
 
 /// Computes a 1 x 1 convolution over (n, h, w, features).
 fn mix(x: &Tensor, weight: &Tensor) -> Tensor {
-    x.linear(&weight.flatten(1, -1), None::<Tensor>)
+    let [_, height, width, _] = sizes(x);
+    let outputs = weight.size()[0];
+    linear(&rows(x), &weight.flatten(1, -1), None).view([-1, height, width, outputs])
 }
 
 /// Returns the side and the features of each stage, from the smallest side up.

@@ -6,7 +6,7 @@
 
 use tch::Tensor;
 
-use super::pieces::in_single;
+use super::pieces::{in_single, linear, product};
 use super::{Init, Mode, Network, Pass, TensorSpec};
 
 /// Epsilon of batch normalisation, PyTorch's default.
@@ -119,7 +119,7 @@ impl Network for Sequential {
         let mut x = input.to_kind(pass.kind());
         for layer in &self.layers {
             x = match layer {
-                Layer::Linear { .. } => x.linear(next(), Some(next())),
+                Layer::Linear { .. } => linear(&x, next(), Some(next())),
                 Layer::Conv { kernel, stride, padding, .. } => {
                     conv(&channels_last(&x), next(), *kernel, *stride, *padding)
                 }
@@ -172,7 +172,7 @@ pub(super) fn conv(x: &Tensor, weight: &Tensor, kernel: i64, stride: i64, paddin
         // The kernel covers the whole map: a product of matrices, several times as fast.
         let [outputs, ..] = sizes(weight);
         let rows = |x: &Tensor| x.permute([0, 2, 3, 1]).reshape([-1, inputs * height * width]);
-        return rows(x).matmul(&rows(weight).transpose(0, 1)).view([-1, outputs, 1, 1]);
+        return linear(&rows(x), &rows(weight), None).view([-1, outputs, 1, 1]);
     }
     x.conv2d(weight, None::<Tensor>, [stride, stride], [padding, padding], [1, 1], 1)
 }
@@ -182,7 +182,7 @@ pub(super) fn conv_transpose(x: &Tensor, weight: &Tensor, stride: i64, padding: 
     if padding == 0 && (height, width) == (1, 1) {
         // Every sample is one vector, and each feature of it weighs a whole map.
         let [_, outputs, kernel, _] = sizes(weight);
-        let maps = x.reshape([-1, inputs]).matmul(&weight.reshape([inputs, -1]));
+        let maps = product(&x.reshape([-1, inputs]), &weight.reshape([inputs, -1]));
         return channels_last(&maps.view([-1, outputs, kernel, kernel]));
     }
     let (stride, padding) = ([stride, stride], [padding, padding]);

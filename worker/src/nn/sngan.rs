@@ -10,7 +10,7 @@
 
 use tch::Tensor;
 
-use super::pieces::{Sizes, Specs, embed, in_single, root};
+use super::pieces::{Sizes, Specs, embed, in_single, linear, root};
 use super::sequential::{BATCH_NORM_MOMENTUM, channels_last, normalise};
 use super::spectral::normalised;
 use super::{Init, Network, Pass, TensorSpec};
@@ -159,7 +159,7 @@ impl Network for Generator {
     fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor {
         let kind = pass.kind();
         let mut walk = Walk::new(pass);
-        let begun = input.to_kind(kind).linear(walk.next(), Some(walk.next()));
+        let begun = linear(&input.to_kind(kind), walk.next(), Some(walk.next()));
         let mut x = channels_last(&begun.view([-1, self.features, START, START]));
         for _ in 0..3 {
             let double = |x: &Tensor| {
@@ -248,7 +248,7 @@ impl Network for Discriminator {
         }
         let seen = x.relu().sum_dim_intlist([2i64, 3].as_slice(), false, None);
         let weight = walk.spectral();
-        let mut logits = seen.linear(&weight, Some(walk.next()));
+        let mut logits = linear(&seen, &weight, Some(walk.next()));
         if self.classes > 0 {
             let table = walk.spectral();
             let projection = (&seen * embed(&table, classes)).sum_dim_intlist([1i64].as_slice(), true, None);

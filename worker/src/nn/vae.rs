@@ -10,7 +10,7 @@ use ganglion_proto::job::{Likelihood, Model};
 use tch::Tensor;
 
 use super::models::check_shape;
-use super::pieces::{Sizes, Specs, embed, in_single, scaled};
+use super::pieces::{Sizes, Specs, embed, in_single, linear, product, scaled};
 use super::sequential::{channels_last, sizes};
 use super::{Init, Network, Pass, TensorSpec, UnsuitableModel};
 use crate::data::ImageShape;
@@ -100,7 +100,7 @@ fn hidden_layer<'a>(
     mut next: impl FnMut() -> &'a Tensor,
     classes: Option<&Tensor>,
 ) -> Tensor {
-    let seen = x.linear(next(), Some(next()));
+    let seen = linear(x, next(), Some(next()));
     if sizes.classes == 0 {
         return seen.silu();
     }
@@ -117,7 +117,7 @@ pub(super) fn upsampled(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
 pub(super) fn drawn(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
     let [_, inputs, height, width] = sizes(x);
     let pixels = x.permute([0, 2, 3, 1]).reshape([-1, inputs]);
-    let columns = weight.view([inputs, -1]).transpose(0, 1).matmul(&pixels.transpose(0, 1));
+    let columns = product(&weight.view([inputs, -1]).transpose(0, 1), &pixels.transpose(0, 1));
     let columns = columns.view([KERNEL * KERNEL, -1, height * width]).transpose(0, 1);
     let (sides, kernel) = ([2 * height, 2 * width], [KERNEL, KERNEL]);
     columns.col2im(sides, kernel, [1, 1], [1, 1], [2, 2]) + bias
@@ -161,7 +161,7 @@ impl Network for Encoder {
             x = x.conv2d(next(), Some(next()), [2, 2], [1, 1], [1, 1], 1).silu();
         }
         let x = hidden_layer(&x.flatten(1, -1), self.sizes, &mut next, pass.classes);
-        in_single(&x.linear(next(), Some(next())))
+        in_single(&linear(&x, next(), Some(next())))
     }
 }
 
@@ -179,7 +179,7 @@ impl Decoder {
         let mut next = || parameters.next().expect("a tensor for each of the network's parameters");
         let x = hidden_layer(&input.to_kind(pass.kind()), self.sizes, &mut next, pass.classes);
         let [features, side] = smallest(self.sizes);
-        let x = x.linear(next(), Some(next())).silu().view([-1, features, side, side]);
+        let x = linear(&x, next(), Some(next())).silu().view([-1, features, side, side]);
         let x = upsampled(&channels_last(&x), next(), next()).silu();
         let (weight, bias) = (next(), next());
         let one_channel = self.sizes.channels == 1;
