@@ -413,7 +413,7 @@ pub struct Group {
 pub struct GroupMember {
     /// Worker id.
     pub worker: WorkerId,
-    /// Data shards that the member computes.
+    /// Data shards that the member computes: those of its rank by [`shard_ranges`](crate::shard_ranges).
     pub shards: Range<u32>,
     /// Whether the member writes checkpoint files.
     pub writes_parts: bool,

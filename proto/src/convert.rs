@@ -5,7 +5,7 @@ use std::time::Duration;
 use ganglion_membership::{
     Activity, Backend, Checkpoint, Fault, Generation, Group, GroupMember, LoadedFacts, Passport, Plan,
     PlanKind, Position, Progress, Rank, Rested, Share, Start, StepShape, StoredFile, Stretch, Term, WorkerId,
-    WrittenPart,
+    WrittenPart, shard_ranges,
 };
 
 use crate::bounds::{self, count, list, name, text, within};
@@ -51,6 +51,9 @@ impl FromWorker {
                 position: position.map(|position| position.0),
             }),
             FromWorker::Fault(generation, fault) => fault_to_wire(generation, fault),
+            FromWorker::AddressesWanted(generation) => {
+                Message::AddressesWanted(wire::AddressesWanted { generation: generation.0 })
+            }
             FromWorker::Heartbeat(progress, usage) => Message::Heartbeat(wire::Heartbeat {
                 position: progress.position.0,
                 activity: activity_to_wire(progress.activity).into(),
@@ -117,6 +120,7 @@ impl FromWorker {
             Message::Fault(fault) => {
                 FromWorker::Fault(generation(fault.generation)?, fault_from_wire(fault)?)
             }
+            Message::AddressesWanted(wanted) => FromWorker::AddressesWanted(generation(wanted.generation)?),
             Message::Heartbeat(heartbeat) => heartbeat_from_wire(&heartbeat)?,
             Message::Metrics(row) => FromWorker::Metrics(row_from_wire(row)?),
             Message::PartWritten(part) => {
@@ -484,6 +488,10 @@ impl ToWorker {
             ToWorker::Abort { generation, reason, probe, condemned } => {
                 Message::Abort(wire::Abort { generation: generation.0, reason, probe, condemned })
             }
+            ToWorker::Addresses(generation, addresses) => Message::Addresses(wire::Addresses {
+                generation: generation.0,
+                addresses: addresses.into_iter().map(Option::unwrap_or_default).collect(),
+            }),
             ToWorker::MetricsRecorded(step) => Message::MetricsRecorded(wire::MetricsRecorded { step }),
             ToWorker::MetricsWanted(step) => Message::MetricsWanted(wire::MetricsWanted { step }),
             ToWorker::Reject(reason) => Message::Reject(wire::Reject { reason }),
@@ -530,6 +538,13 @@ impl ToWorker {
                 probe: abort.probe,
                 condemned: abort.condemned,
             },
+            Message::Addresses(told) => {
+                let addresses = list(told.addresses, bounds::MEMBERS, "addresses")?;
+                // Empty stands for none: on the wire the items are plain texts.
+                let address = |told: String| Ok(Some(name(told, "address")?).filter(|told| !told.is_empty()));
+                let addresses = addresses.into_iter().map(address).collect::<Result<_, Malformed>>()?;
+                ToWorker::Addresses(generation(told.generation)?, addresses)
+            }
             Message::MetricsRecorded(recorded) => ToWorker::MetricsRecorded(count(recorded.step, "step")?),
             Message::MetricsWanted(wanted) => ToWorker::MetricsWanted(count(wanted.step, "step")?),
             Message::Reject(reject) => ToWorker::Reject(text(reject.reason)),
@@ -560,18 +575,15 @@ fn assignment_to_wire(assignment: Assignment) -> wire::Assignment {
             state_digest: checkpoint.state_digest,
         }),
     };
-    let member = |(member, address): (GroupMember, String)| wire::Member {
-        worker: member.worker.0,
-        first_shard: member.shards.start,
-        shards: member.shards.end - member.shards.start,
-        writes_parts: member.writes_parts,
-        address,
-    };
+    let without_parts = (0u32..).zip(&group.members).filter(|(_, member)| !member.writes_parts);
     wire::Assignment {
         generation: group.generation.0,
         rank: assignment.rank,
-        // One address for each member, by rank.
-        members: group.members.into_iter().zip(assignment.addresses).map(member).collect(),
+        // Of each member as little as possible: all members are told of all, so what a regroup sends grows
+        // with the square of the group.
+        workers: group.members.iter().map(|member| member.worker.0).collect(),
+        data_shards: group.members.last().map_or(0, |member| member.shards.end),
+        without_parts: without_parts.map(|(rank, _)| rank).collect(),
         position: group.position.0,
         start: Some(start),
         skips: group.skips.into_iter().map(|position| position.0).collect(),
@@ -614,24 +626,8 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
             Start::Checkpoint(Rank(from.source), checkpoint)
         }
     };
-    let told = list(assignment.members, bounds::MEMBERS, "members")?;
-    // The list was bounded above, so this allocates no more than the message justifies.
-    let mut members = Vec::with_capacity(told.len());
-    let mut addresses = Vec::with_capacity(told.len());
-    let mut next_shard = 0;
-    for member in told {
-        // A worker trusts these ranges: a gap would leave a shard out of the sum, an overlap count it
-        // twice (D2).
-        let end = member.first_shard.checked_add(member.shards);
-        let end = end.filter(|end| member.first_shard == next_shard && *end > next_shard);
-        next_shard = end.ok_or_else(|| malformed("the data shards of the ranks do not follow each other"))?;
-        members.push(GroupMember {
-            worker: WorkerId(count(member.worker, "worker")?),
-            shards: member.first_shard..next_shard,
-            writes_parts: member.writes_parts,
-        });
-        addresses.push(name(member.address, "address")?);
-    }
+    let (workers, data_shards) = (assignment.workers, assignment.data_shards);
+    let members = members_from_wire(workers, data_shards, &assignment.without_parts)?;
     let source = match &start {
         Start::Healed(source) | Start::Checkpoint(source, _) => source.0,
         Start::Fresh => 0,
@@ -651,8 +647,31 @@ fn assignment_from_wire(assignment: wire::Assignment) -> Result<Assignment, Malf
             backend,
         },
         rank: assignment.rank,
-        addresses,
     })
+}
+
+fn members_from_wire(
+    workers: Vec<u64>,
+    data_shards: u32,
+    without_parts: &[u32],
+) -> Result<Vec<GroupMember>, Malformed> {
+    let workers = list(workers, bounds::MEMBERS, "workers")?;
+    // Each rank has a shard: `shard_ranges` cuts up no fewer shards than ranks.
+    let Some(world_size) = u32::try_from(workers.len()).ok().filter(|size| (1..=data_shards).contains(size))
+    else {
+        let size = workers.len();
+        return Err(Malformed(format!("{size} workers cannot share {data_shards} data shards")));
+    };
+    let is_ascending = without_parts.is_sorted_by(|rank, next| rank < next);
+    if !is_ascending || without_parts.last().is_some_and(|last| *last >= world_size) {
+        return Err(malformed("the ranks without parts are not ascending ranks of the group"));
+    }
+    let ranks = (0..world_size).zip(workers).zip(shard_ranges(data_shards, world_size));
+    let member = |((rank, worker), shards)| {
+        let writes_parts = without_parts.binary_search(&rank).is_err();
+        Ok(GroupMember { worker: WorkerId(count(worker, "worker")?), shards, writes_parts })
+    };
+    ranks.map(member).collect()
 }
 
 // ---- An operator's messages

@@ -21,6 +21,8 @@ pub enum FromWorker {
     Ready(Generation, Option<Position>),
     /// The worker left its group because of a fault.
     Fault(Generation, Fault),
+    /// Question where the members of this generation are probed.
+    AddressesWanted(Generation),
     /// Heartbeat, with the resource usage of the worker.
     Heartbeat(Progress, Usage),
     /// Metrics row of a reported step.
@@ -68,6 +70,9 @@ pub enum ToWorker {
         /// Whether the generation is invalidated: its state must not be used.
         condemned: bool,
     },
+    /// Where each rank of this generation is probed, as HOST:PORT; `None` for a member whose address is not
+    /// known. No rank at all if the generation is not the newest any more.
+    Addresses(Generation, Vec<Option<String>>),
     /// Metrics rows up to this step are on disk.
     MetricsRecorded(u64),
     /// Order to report the kept rows of this step and of later ones again.
@@ -144,12 +149,11 @@ pub struct Welcome {
 /// Assignment of a worker to a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
-    /// Generation with all its members.
+    /// Generation with all its members, whose data shards are those of
+    /// [`shard_ranges`](ganglion_membership::shard_ranges).
     pub group: Group,
     /// Rank of this worker.
     pub rank: u32,
-    /// Address at which each rank is probed: HOST:PORT.
-    pub addresses: Vec<String>,
 }
 
 /// Resource usage of a worker at a moment.

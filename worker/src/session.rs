@@ -37,7 +37,7 @@ use ganglion_proto::message::{Assignment, FromWorker, GpuUse, MetricsRow, Welcom
 use ganglion_proto::record::found::Found;
 use ganglion_proto::wire::store_service_client::StoreServiceClient;
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tonic::transport::Channel;
 
 use crate::device::gpu::GpuWatch;
@@ -141,8 +141,8 @@ struct Inbox {
     outbox: UnboundedSender<FromWorker>,
     welcome: Welcome,
     channel: Channel,
-    /// Address at which each rank of the newest assignment is probed.
-    addresses: Vec<String>,
+    /// Question where the members of a generation are probed, until it is answered or given up.
+    asked: Option<(Generation, oneshot::Sender<Vec<Option<String>>>)>,
     /// Generation under way, and the term that gave it.
     begun: (Generation, Term),
     group: Option<(Generation, Aborter)>,
@@ -261,17 +261,33 @@ impl Session {
         self.shared.take(&mut inbox, event);
     }
 
-    /// Finds out which members of the newest group do not answer, and reports them. Takes half a deadline
-    /// at most.
+    /// Finds out which members of the generation that ended do not answer, and reports them. Takes half a
+    /// deadline at most to ask the coordinator for their addresses, and as long to probe them.
     pub fn probe(&self) {
-        let (addresses, limit) = self.members_to_probe();
+        // The coordinator waits for this worker meanwhile, and must not take it for stuck.
+        let _pause = self.pause();
+        let (addresses, limit) = self.runtime.block_on(self.members_to_probe());
         self.probed(unreachable(&addresses, limit));
     }
 
-    /// Addresses of the newest group's members, by rank, and the longest time to wait for an answer.
-    pub fn members_to_probe(&self) -> (Vec<String>, Duration) {
-        let inbox = self.shared.lock();
-        (inbox.addresses.clone(), inbox.limits().attempt)
+    /// Asks the coordinator for the addresses of the generation's members. Returns those that it knows, by
+    /// rank, and the longest time to wait for the answer of a member. Without an answer in time there are
+    /// none: the coordinator would not hear of the result either.
+    pub async fn members_to_probe(&self) -> (Vec<Option<String>>, Duration) {
+        let (asked, answer) = oneshot::channel();
+        let limit = {
+            let mut inbox = self.shared.lock();
+            let (generation, _) = inbox.begun;
+            inbox.asked = Some((generation, asked));
+            inbox.send(FromWorker::AddressesWanted(generation));
+            inbox.limits().attempt
+        };
+        let answer = tokio::time::timeout(limit, answer).await;
+        let Ok(Ok(addresses)) = answer else {
+            tracing::warn!("the coordinator does not tell where the members are; they are not probed");
+            return (Vec::new(), limit);
+        };
+        (addresses, limit)
     }
 
     /// Reports the ranks that do not answer.
@@ -520,7 +536,7 @@ impl Shared {
             begun: (Generation(0), Term(0)),
             welcome,
             channel,
-            addresses: Vec::new(),
+            asked: None,
             group: None,
             facts: None,
             lost: String::new(),
@@ -586,8 +602,7 @@ impl Shared {
             Command::Abort(generation) => self.abort(inbox, generation),
             Command::Begin { term, group, rank } => {
                 inbox.begun = (group.generation, term);
-                let addresses = inbox.addresses.clone();
-                inbox.order(Order::Begin(Assignment { group, rank: rank.0, addresses }));
+                inbox.order(Order::Begin(Assignment { group, rank: rank.0 }));
             }
             Command::DropState => inbox.order(Order::DropState),
             Command::Probe => inbox.order(Order::Probe),
@@ -636,44 +651,98 @@ impl Shared {
         first
     }
 
-    fn take_assignment(&self, assignment: Assignment) {
+    fn take_assignment(&self, Assignment { group, .. }: Assignment) {
         let mut inbox = self.lock();
-        if assignment.group.generation > inbox.member.generation() {
-            inbox.addresses = assignment.addresses;
+        let data_shards = inbox.welcome.job.job.data_shards;
+        // With more or fewer the sum would not be that of the job (D2).
+        if group.members.last().is_none_or(|last| last.shards.end != data_shards) {
+            return tracing::warn!("dropped an assignment of other data shards than the job's {data_shards}");
         }
-        self.take(&mut inbox, Event::Assigned(assignment.group));
+        self.take(&mut inbox, Event::Assigned(group));
+    }
+
+    /// Passes the coordinator's answer on to the training thread, if that still waits for it.
+    fn take_addresses(&self, generation: Generation, addresses: Vec<Option<String>>) {
+        // An answer that comes late is about a generation that nobody probes any more.
+        let asked = self.lock().asked.take_if(|(asked, _)| *asked == generation);
+        if let Some((_, waits)) = asked {
+            // Without a receiver the wait was over just now.
+            let _ = waits.send(addresses);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ganglion_membership::{Backend, Group, GroupMember, Start, WorkerId, shard_ranges};
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
     use super::*;
 
     fn row(step: u64) -> MetricsRow {
         MetricsRow { step, generation: 1, world_size: 2, ..MetricsRow::default() }
     }
 
-    /// A session whose coordinator sends nothing.
-    fn session(runtime: &tokio::runtime::Runtime) -> Session {
+    /// A session whose coordinator sends nothing, and what it says.
+    fn session(runtime: &tokio::runtime::Runtime) -> (Session, UnboundedReceiver<FromWorker>) {
         use ganglion_coordinator::job_file::{Source, read};
         let _entered = runtime.enter();
         let welcome = Welcome {
             term: Term(1),
-            worker: ganglion_membership::WorkerId(1),
+            worker: WorkerId(1),
             run: "run".to_string(),
-            job: read(&Source::Embedded, &[]).unwrap(),
+            // Half of the deadline is the limit of an answer.
+            job: read(&Source::Embedded, &["job.failure_deadline=2".to_string()]).unwrap(),
             storage: String::new(),
             condemned: Generation(0),
         };
         let channel = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-        let (outbox, clock) = (tokio::sync::mpsc::unbounded_channel().0, clock::boot_clock as Clock);
-        Session {
+        let ((outbox, said), clock) = (unbounded_channel(), clock::boot_clock as Clock);
+        let session = Session {
             shared: Arc::new(Shared::new(welcome, channel, (clock, clock()), outbox)),
             runtime: runtime.handle().clone(),
             local_address: std::net::Ipv4Addr::LOCALHOST.into(),
             credentials: Credentials::default(),
             tunnels: None,
+        };
+        (session, said)
+    }
+
+    /// Assignment of the session's worker to a generation of three.
+    fn assignment(session: &Session, generation: u64) -> Assignment {
+        let data_shards = session.welcome().job.job.data_shards;
+        let member = |(worker, shards)| GroupMember { worker: WorkerId(worker), shards, writes_parts: true };
+        let group = Group {
+            generation: Generation(generation),
+            members: (1..).zip(shard_ranges(data_shards, 3)).map(member).collect(),
+            position: Position(0),
+            start: Start::Fresh,
+            skips: Vec::new(),
+            backend: Backend::Gloo,
+        };
+        Assignment { group, rank: 0 }
+    }
+
+    /// Lets the session time out in generation 2 and probe. `answer` is called with the question. Returns the
+    /// messages from then on until the worker is ready for another generation.
+    fn probe(answer: impl FnOnce(&Shared, Generation)) -> Vec<FromWorker> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let (session, mut said) = session(&runtime);
+        session.shared.take_assignment(assignment(&session, 2));
+        session.stopped(None, Some(Fault::Timeout));
+        while session.try_next_order() != Some(Order::Probe) {
+            assert!(!session.shared.lock().orders.is_empty(), "it is not to probe");
         }
+        std::thread::scope(|scope| {
+            scope.spawn(|| session.probe());
+            let Some(FromWorker::AddressesWanted(generation)) = said.blocking_recv() else {
+                panic!("it does not ask")
+            };
+            assert_eq!(session.shared.progress().activity, Activity::Paused);
+            answer(&session.shared, generation);
+        });
+        assert_eq!(session.shared.progress().activity, Activity::Resting);
+        std::iter::from_fn(|| said.try_recv().ok()).collect()
     }
 
     /// Begins a wait with at most `limit` rows, ends it by `end`, and returns the steps of the rows kept
@@ -696,9 +765,48 @@ mod tests {
     }
 
     #[test]
+    fn a_probe_asks_where_the_members_are_and_names_those_that_do_not_answer() {
+        let here = probe::answer(std::net::Ipv4Addr::LOCALHOST.into()).unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let said = probe(|shared, generation| {
+            // An answer about another generation is not the one.
+            shared.take_addresses(Generation(1), vec![Some(free.to_string()); 3]);
+            let addresses = [Some(here), None, Some(free)].map(|told| Some(told?.to_string()));
+            shared.take_addresses(generation, addresses.to_vec());
+        });
+        let links = Fault::Links(vec![Rank(2)]);
+        assert_eq!(said, [FromWorker::Fault(Generation(2), links), FromWorker::Ready(Generation(2), None)]);
+    }
+
+    #[test]
+    fn without_an_answer_in_time_a_fault_is_reported_as_without_a_probe() {
+        let timed_out =
+            [FromWorker::Fault(Generation(2), Fault::Timeout), FromWorker::Ready(Generation(2), None)];
+        assert_eq!(probe(|_, _| {}), timed_out, "no answer");
+        assert_eq!(
+            probe(|shared, generation| shared.take_addresses(generation, Vec::new())),
+            timed_out,
+            "none known"
+        );
+    }
+
+    /// D2: the sum is over all data shards of the job.
+    #[test]
+    fn an_assignment_of_other_data_shards_than_the_jobs_is_dropped() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (session, _said) = session(&runtime);
+        let mut fewer = assignment(&session, 1);
+        fewer.group.members.pop();
+        session.shared.take_assignment(fewer);
+        assert_eq!(session.try_next_order(), None);
+        session.shared.take_assignment(assignment(&session, 1));
+        assert!(session.try_next_order().is_some());
+    }
+
+    #[test]
     fn training_pauses_while_no_more_rows_can_be_kept_and_drops_none() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let session = session(&runtime);
+        let (session, _said) = session(&runtime);
         (1..=3).for_each(|step| session.report(row(step)));
         session.set_activity(Activity::Computing);
         session.wait_for_room_among(4, Generation(3));

@@ -262,13 +262,19 @@ impl Shell {
     fn assign(&mut self, worker: WorkerId) {
         let Some(group) = self.machine.group().cloned() else { return };
         let Some(rank) = group.members.iter().position(|member| member.worker == worker) else { return };
-        let address = |worker: &WorkerId| self.workers.get(worker).map(|known| known.address.clone());
-        let addresses =
-            // Empty for a member that is lost by now. Addresses serve only the test of links, and the
-            // regroup that follows brings others.
-            group.members.iter().map(|member| address(&member.worker).unwrap_or_default()).collect();
         let rank = u32::try_from(rank).expect("a rank is below V");
-        self.send(worker, ToWorker::Assignment(Assignment { group, rank, addresses }));
+        self.send(worker, ToWorker::Assignment(Assignment { group, rank }));
+    }
+
+    /// Tells a member where the members of its generation are probed, as far as that is known.
+    pub(super) fn tell_addresses(&mut self, worker: WorkerId, generation: Generation) {
+        let address =
+            |member: &GroupMember| self.workers.get(&member.worker).map(|known| known.address.clone());
+        // About an older generation nobody wants to know any more. An answer without addresses spares the
+        // worker its wait.
+        let group = self.machine.group().filter(|group| group.generation == generation);
+        let addresses = group.iter().flat_map(|group| &group.members).map(address).collect();
+        self.send(worker, ToWorker::Addresses(generation, addresses));
     }
 
     fn announce(&mut self, plan: Plan, workers: &[WorkerId]) {

@@ -153,12 +153,17 @@ impl Shell {
         // Invariant 4 of the loop: input of an older session tells of a time that the machine has left
         // behind.
         let Some(current) = self.workers.get_mut(&worker).filter(is_current) else { return Ok(()) };
-        // Each of these writes a line to events.jsonl, which is kept for ever.
-        let is_recorded = matches!(
+        // Each of these writes a line to events.jsonl, which is kept for ever, or asks for an answer as long
+        // as the group is large.
+        let is_costly = matches!(
             message,
-            FromWorker::Loaded(..) | FromWorker::Fault(..) | FromWorker::Leave | FromWorker::PartDelayed(..)
+            FromWorker::Loaded(..)
+                | FromWorker::Fault(..)
+                | FromWorker::Leave
+                | FromWorker::PartDelayed(..)
+                | FromWorker::AddressesWanted(_)
         );
-        let left_out = if is_recorded { current.budget.spend() } else { Some(0) };
+        let left_out = if is_costly { current.budget.spend() } else { Some(0) };
         let Some(left_out) = left_out else { return self.spent(session, worker, &message) };
         match message {
             FromWorker::Hello(_) => {
@@ -194,10 +199,14 @@ impl Shell {
             FromWorker::PartWritten(generation, part) => {
                 self.handle(Event::PartWritten(worker, generation, part))
             }
-            // Below are reports about the run's content. A worker that was never a member has computed
-            // nothing of it, so its rows and figures can only be wrong.
+            // Below is what only members have to say. A worker that was never one has computed nothing of the
+            // run, so its rows and figures can only be wrong.
             _ if !self.machine.has_trained(worker) => {
-                tracing::warn!("dropped a report of worker {worker}, which has not trained");
+                tracing::warn!("dropped a message of worker {worker}, which has not trained");
+                Ok(())
+            }
+            FromWorker::AddressesWanted(generation) => {
+                self.tell_addresses(worker, generation);
                 Ok(())
             }
             FromWorker::Evaluation(row) => {

@@ -134,5 +134,6 @@ fn needs_decision(message: &FromWorker) -> bool {
             | FromWorker::Texts(_)
             | FromWorker::PhaseSkipped(..)
             | FromWorker::PartDelayed(..)
+            | FromWorker::AddressesWanted(_)
     )
 }

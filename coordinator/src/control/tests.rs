@@ -1,7 +1,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use ganglion_membership::Generation;
+use ganglion_membership::{Generation, LoadedFacts, Passport};
 use ganglion_proto::message::{FromWorker, Hello};
 use tokio::sync::{oneshot, watch};
 
@@ -108,7 +108,21 @@ impl Bench {
         };
         let session = SessionId(pid.into());
         self.shell.take(Input::Hello { hello, session, outbox, answer }).unwrap();
-        Admission { answered, _messages: messages }
+        Admission { answered, messages }
+    }
+
+    /// Welcomes a worker, which has loaded if it has facts; returns its number and its messages.
+    fn join(&mut self, pid: u32, facts: Option<LoadedFacts>) -> (WorkerId, mpsc::Receiver<ToWorker>) {
+        let mut admission = self.hello(pid, None);
+        let worker = admission.answered.try_recv().unwrap().unwrap();
+        if let Some(facts) = facts {
+            self.say(pid, worker, FromWorker::Loaded(facts, None));
+        }
+        (worker, admission.messages)
+    }
+
+    fn say(&mut self, pid: u32, worker: WorkerId, message: FromWorker) {
+        self.shell.take(Input::Message(SessionId(pid.into()), worker, message)).unwrap();
     }
 
     fn heartbeat(&mut self, session: SessionId, worker: WorkerId) {
@@ -124,7 +138,45 @@ impl Bench {
 
 struct Admission {
     answered: oneshot::Receiver<Result<WorkerId, NotAdmitted>>,
-    _messages: mpsc::Receiver<ToWorker>,
+    messages: mpsc::Receiver<ToWorker>,
+}
+
+/// Addresses in the newest answer among a worker's messages.
+fn told(messages: &mut mpsc::Receiver<ToWorker>) -> Option<(Generation, Vec<Option<String>>)> {
+    let addresses = |message| match message {
+        ToWorker::Addresses(generation, addresses) => Some((generation, addresses)),
+        _ => None,
+    };
+    std::iter::from_fn(|| messages.try_recv().ok()).filter_map(addresses).last()
+}
+
+#[tokio::test]
+async fn only_members_are_told_where_the_members_of_the_newest_generation_are_probed() {
+    let mut bench = Bench::new(0, Change::None, None).await;
+    bench.shell.handle(Event::Started).unwrap();
+    let facts = LoadedFacts {
+        passport: Passport::default(),
+        samples: 100,
+        sees_storage: true,
+        shape: bench.shell.job.shape(),
+        gpu: None,
+        host: None,
+        left_out: Vec::new(),
+    };
+    let (first, mut to_first) = bench.join(1, Some(facts));
+    let (stranger, mut to_stranger) = bench.join(2, None);
+    let newest = bench.shell.machine.group().expect("the first worker is a group").generation;
+    let here = Some("127.0.0.1:1".to_string());
+    bench.say(1, first, FromWorker::AddressesWanted(newest));
+    assert_eq!(told(&mut to_first), Some((newest, vec![here.clone()])));
+    bench.say(2, stranger, FromWorker::AddressesWanted(newest));
+    assert_eq!(told(&mut to_stranger), None);
+    // Nothing is to be journaled for it.
+    bench.shell.is_stuck = true;
+    bench.say(1, first, FromWorker::AddressesWanted(newest));
+    assert_eq!(told(&mut to_first), Some((newest, vec![here])));
+    bench.say(1, first, FromWorker::AddressesWanted(Generation(newest.0 + 1)));
+    assert_eq!(told(&mut to_first), Some((Generation(newest.0 + 1), Vec::new())));
 }
 
 /// D10: a checkpoint that waits for its rows must not be journaled before the decision to give it up.

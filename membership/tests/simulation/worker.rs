@@ -28,8 +28,10 @@ pub(crate) enum Timer {
     Tick(Instant),
     /// The training thread's work of this number is done.
     Worked(u64),
-    /// The members that do not answer are known.
-    Probed,
+    /// The members that do not answer are known, if the coordinator told where they are.
+    Probed {
+        told: bool,
+    },
     /// A file of a checkpoint is due to be written. What was to be saved before its state turned out void is
     /// not saved.
     Save(Generation, State, u32, u64),
@@ -71,6 +73,7 @@ pub(crate) struct Worker {
     strange: bool,
     blind: bool,
     pub leaving: bool,
+    is_probing: bool,
     pub refused: bool,
     pub member: Member<StepRow>,
     /// What the member wants done, in order.
@@ -126,6 +129,7 @@ impl Worker {
             strange,
             blind,
             leaving: false,
+            is_probing: false,
             refused: false,
             member: Member::new(Duration::from_micros(ctx.now), ctx.limits),
             commands: VecDeque::new(),
@@ -179,7 +183,11 @@ impl Worker {
             }
             Timer::Tick(_) => {}
             Timer::Worked(number) => self.worked(number, ctx),
-            Timer::Probed => self.feed(Event::Probed(self.unreachable(ctx)), ctx),
+            Timer::Probed { told } => {
+                self.is_probing = false;
+                let ranks = if told { self.unreachable(ctx) } else { Vec::new() };
+                self.feed(Event::Probed(ranks), ctx);
+            }
             Timer::Save(generation, state, index, era) => self.save((generation, state, index), era, ctx),
             Timer::SaveAlone(attempt) => self.save_alone(attempt, ctx),
         }
@@ -274,8 +282,13 @@ impl Worker {
             }
             Command::ReportStep(reported) => self.report_step(reported, ctx),
             Command::Probe => {
-                let wait = if self.unreachable(ctx).is_empty() { 2_000 } else { ctx.waits.attempt };
-                ctx.after(wait, Happening::Timer(self.proc, Timer::Probed));
+                self.is_probing = true;
+                // Whom it is to probe it asks the coordinator, for a limited time.
+                let told = ctx.listens() && !ctx.network.is_cut(self.node(), Node::Coordinator);
+                let asked = if told { ctx.between(1_000, ctx.waits.attempt) } else { ctx.waits.attempt };
+                let is_quick = !told || self.unreachable(ctx).is_empty();
+                let wait = asked + if is_quick { 2_000 } else { ctx.waits.attempt };
+                ctx.after(wait, Happening::Timer(self.proc, Timer::Probed { told }));
             }
             Command::SaveAlone => {
                 let wait = ctx.between(1_000, 50_000);
@@ -379,7 +392,11 @@ impl Worker {
         Progress {
             position: self.state.map_or(Position(0), |state| state.position),
             leaves: self.leaves + self.leaves_in_hand(now),
-            activity: self.team.as_ref().map_or(Activity::Resting, Team::activity),
+            activity: match &self.team {
+                _ if self.is_probing => Activity::Paused,
+                Some(team) => team.activity(),
+                None => Activity::Resting,
+            },
             slowest_leaf: Duration::from_micros(self.slowest_leaf),
         }
     }

@@ -89,6 +89,7 @@ fn a_workers_messages_survive_the_wire() {
         FromWorker::Ready(Generation(1), None),
         FromWorker::Ready(Generation(1), Some(Position(7))),
         FromWorker::Fault(Generation(1), Fault::Timeout),
+        FromWorker::AddressesWanted(Generation(1)),
         FromWorker::Heartbeat(
             Progress {
                 position: Position(3),
@@ -129,38 +130,96 @@ fn a_strange_token_is_safe_to_show() {
     );
 }
 
-#[test]
-fn an_assignment_survives_the_wire_and_overlapping_shards_are_refused() {
-    let member = |worker, shards| GroupMember { worker: WorkerId(worker), shards, writes_parts: true };
-    let checkpoint = Checkpoint {
+/// Assignment of the first rank of a group that shares `data_shards`; the ranks of which `is_blind` is true
+/// write no parts.
+fn assignment(workers: &[u64], data_shards: u32, is_blind: impl Fn(usize) -> bool) -> Assignment {
+    let ranges = shard_ranges(data_shards, u32::try_from(workers.len()).unwrap());
+    let member = |(rank, shards)| GroupMember {
+        worker: WorkerId(workers[rank]),
+        shards,
+        writes_parts: !is_blind(rank),
+    };
+    let group = Group {
+        generation: Generation(3),
+        members: ranges.into_iter().enumerate().map(member).collect(),
         position: Position(8),
-        step: 4,
-        phase: 0,
-        files: vec![file()],
-        state_digest: "c".repeat(64),
+        start: Start::Healed(Rank(0)),
+        skips: vec![Position(9), Position(12)],
+        backend: Backend::Nccl,
     };
-    let assignment = Assignment {
-        group: Group {
-            generation: Generation(3),
-            members: vec![member(1, 0..2), member(5, 2..6)],
-            position: Position(8),
-            start: Start::Checkpoint(Rank(1), checkpoint),
-            skips: vec![Position(9), Position(12)],
-            backend: Backend::Nccl,
-        },
-        rank: 1,
-        addresses: vec!["a:1".into(), "b:2".into()],
+    Assignment { group, rank: 0 }
+}
+
+#[test]
+fn an_assignment_survives_the_wire_with_the_ranges_of_its_ranks() {
+    let mut sent = assignment(&[1, 5, 4], 7, |rank| rank == 1);
+    let (position, state_digest) = (Position(8), "c".repeat(64));
+    let checkpoint = Checkpoint { position, step: 4, phase: 0, files: vec![file()], state_digest };
+    sent.group.start = Start::Checkpoint(Rank(1), checkpoint);
+    sent.rank = 2;
+    let read = assignment_from_wire(assignment_to_wire(sent.clone())).unwrap();
+    let ranges: Vec<_> = read.group.members.iter().map(|member| member.shards.clone()).collect();
+    assert_eq!(ranges, [0..2, 2..4, 4..7]);
+    assert_eq!(read, sent);
+}
+
+/// A worker trusts the ranges and the ranks: with others it would leave a shard out of the sum, or count it
+/// twice (D2).
+#[test]
+fn an_assignment_that_deals_no_group_is_refused() {
+    let sound = assignment_to_wire(assignment(&[1, 5], 6, |_| true));
+    assert!(assignment_from_wire(sound.clone()).is_ok());
+    let mend = |change: &dyn Fn(&mut wire::Assignment)| {
+        let mut changed = sound.clone();
+        change(&mut changed);
+        assignment_from_wire(changed).unwrap_err().to_string()
     };
-    let wire = assignment_to_wire(assignment.clone());
-    assert_eq!(assignment_from_wire(wire.clone()), Ok(assignment));
-    let mut overlapping = wire.clone();
-    overlapping.members[1].first_shard = 1;
-    assert!(assignment_from_wire(overlapping).is_err());
-    let mut beyond = wire.clone();
-    beyond.rank = 2;
-    assert!(assignment_from_wire(beyond).is_err());
-    let unknown = wire::Assignment { backend: 0, ..wire };
-    assert!(assignment_from_wire(unknown).is_err());
+    let too_few = mend(&|wire| wire.data_shards = 1);
+    assert_eq!(too_few, "malformed message: 2 workers cannot share 1 data shards");
+    mend(&|wire| wire.data_shards = 0);
+    mend(&|wire| wire.workers.clear());
+    mend(&|wire| wire.workers = vec![bounds::COUNT + 1, 1]);
+    mend(&|wire| (wire.workers, wire.data_shards) = (vec![1; bounds::MEMBERS + 1], u32::MAX));
+    for without_parts in [vec![1, 0], vec![1, 1], vec![2], vec![0, u32::MAX]] {
+        mend(&|wire| wire.without_parts.clone_from(&without_parts));
+    }
+    mend(&|wire| wire.rank = 2);
+    mend(&|wire| wire.start = Some(wire::assignment::Start::Healed(wire::HealedStart { source: 2 })));
+    mend(&|wire| wire.backend = 0);
+}
+
+/// All members receive the whole list, so a regroup sends the square of this.
+#[test]
+fn an_assignment_of_thousands_takes_a_few_bytes_for_each() {
+    use prost::Message;
+    for (members, limit) in [(2000, 8 << 10), (4096, 24 << 10)] {
+        // Numbers as after many losses, and the greatest list of ranks: only the first writes parts.
+        let workers: Vec<u64> = (10_000..).take(members).collect();
+        let sent = assignment(&workers, 4096, |rank| rank > 0);
+        let bytes = ToWorker::Assignment(sent.clone()).to_wire(Term(1)).encoded_len();
+        assert!(bytes <= limit, "{bytes} bytes for {members}");
+        let all_write = ToWorker::Assignment(assignment(&workers, 4096, |_| false));
+        let bytes = all_write.to_wire(Term(1)).encoded_len();
+        assert!(bytes <= limit * 2 / 3, "{bytes} bytes for {members} that all write parts");
+        assert_eq!(assignment_from_wire(assignment_to_wire(sent.clone())), Ok(sent));
+    }
+}
+
+#[test]
+fn addresses_survive_the_wire_and_are_bounded() {
+    let addresses = vec![Some("10.0.0.1:7".to_string()), None, Some("h:1".to_string())];
+    for addresses in [addresses, Vec::new()] {
+        let told = ToWorker::Addresses(Generation(3), addresses);
+        assert_eq!(ToWorker::from_wire(told.clone().to_wire(Term(4))), Ok((Term(4), told)));
+    }
+    let refused = |generation, addresses| {
+        let message =
+            Some(wire::session_response::Message::Addresses(wire::Addresses { generation, addresses }));
+        ToWorker::from_wire(wire::SessionResponse { term: 4, message }).is_err()
+    };
+    assert!(refused(bounds::COUNT + 1, Vec::new()));
+    assert!(refused(3, vec!["x".repeat(bounds::NAME + 1)]));
+    assert!(refused(3, vec![String::new(); bounds::MEMBERS + 1]));
 }
 
 #[test]
@@ -249,6 +308,27 @@ mod hostile {
         }
     }
 
+    prop_compose! {
+        fn told_assignment()(generation in number(), position in number(), rank in 0..6u32, source in 0..6u32,
+            workers in proptest::collection::vec(number(), 0..6), data_shards in prop_oneof![0..8u32, any::<u32>()],
+            without_parts in proptest::collection::vec(0..6u32, 0..4)) -> wire::Assignment {
+            let start = Some(wire::assignment::Start::Healed(wire::HealedStart { source }));
+            wire::Assignment { generation, rank, position, start, skips: Vec::new(), backend: 1,
+                workers, data_shards, without_parts }
+        }
+    }
+
+    fn told() -> impl Strategy<Value = wire::session_response::Message> {
+        use wire::session_response::Message as Told;
+        let lengths = prop_oneof![Just(0usize), Just(3), Just(bounds::MEMBERS + 1)];
+        prop_oneof![
+            told_assignment().prop_map(Told::Assignment),
+            (number(), words(), lengths).prop_map(|(generation, address, length)| {
+                Told::Addresses(wire::Addresses { generation, addresses: vec![address; length] })
+            }),
+        ]
+    }
+
     fn said() -> impl Strategy<Value = wire::session_request::Message> {
         use wire::session_request::Message as Said;
         prop_oneof![
@@ -278,6 +358,7 @@ mod hostile {
                 Said::Finished(wire::Finished { generation, position, complete })
             }),
             words().prop_map(|detail| Said::InputError(wire::InputError { detail })),
+            number().prop_map(|generation| Said::AddressesWanted(wire::AddressesWanted { generation })),
             (number(), any::<u32>(), any::<u32>(), any::<u32>()).prop_map(
                 |(step, width, height, channels)| {
                     Said::Samples(wire::SampleGrid { step, width, height, channels, ..Default::default() })
@@ -312,6 +393,30 @@ mod hostile {
                 if !matches!(read, FromWorker::Metrics(_) | FromWorker::Evaluation(_)) {
                     prop_assert_eq!(FromWorker::from_wire(again), Ok((term, read)));
                 }
+            }
+        }
+
+        #[test]
+        fn groups_survive_the_wire(data_shards in 1..400u32, size in 1..400u32, numbers: u64, blind: u64) {
+            let workers: Vec<u64> =
+                (0..u64::from(size.min(data_shards))).map(|rank| numbers.wrapping_mul(rank + 1) & bounds::COUNT).collect();
+            let sent = assignment(&workers, data_shards, |rank| blind >> (rank % 64) & 1 == 1);
+            prop_assert_eq!(assignment_from_wire(assignment_to_wire(sent.clone())), Ok(sent));
+        }
+
+        #[test]
+        fn extreme_messages_of_coordinators_are_refused_or_bounded(message in told()) {
+            let response = wire::SessionResponse { term: 1, message: Some(message) };
+            if let Ok((term, read)) = ToWorker::from_wire(response) {
+                if let ToWorker::Assignment(Assignment { group, rank }) = &read {
+                    // Every shard belongs to one rank (D2), and the rank is one of the group.
+                    let (first, last) = (&group.members[0], &group.members[group.members.len() - 1]);
+                    prop_assert!(first.shards.start == 0 && last.shards.end as usize >= group.members.len());
+                    prop_assert!(group.members.windows(2).all(|pair| pair[0].shards.end == pair[1].shards.start));
+                    prop_assert!(group.members.iter().all(|member| !member.shards.is_empty()));
+                    prop_assert!((*rank as usize) < group.members.len());
+                }
+                prop_assert_eq!(ToWorker::from_wire(read.clone().to_wire(term)), Ok((term, read)));
             }
         }
 

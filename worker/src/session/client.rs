@@ -532,6 +532,9 @@ impl Talk {
         let event = match message {
             ToWorker::Pulse => Event::Pulse,
             ToWorker::Assignment(assignment) => return self.shared.take_assignment(assignment),
+            ToWorker::Addresses(generation, addresses) => {
+                return self.shared.take_addresses(generation, addresses);
+            }
             ToWorker::Plan(plan) => Event::Planned(plan),
             ToWorker::Abort { generation, reason, probe, condemned } => {
                 tracing::info!("leaving generation {generation}: {reason}");

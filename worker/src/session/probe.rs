@@ -7,6 +7,7 @@
 use std::future::pending;
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ganglion_proto::listen::{Limits, Room, accept_loop};
@@ -39,16 +40,18 @@ pub(super) fn answer(address: IpAddr) -> std::io::Result<SocketAddr> {
     Ok(bound)
 }
 
-/// Returns the indices of the addresses that do not answer within `limit`, all probed at once.
-pub fn unreachable(addresses: &[String], limit: Duration) -> Vec<usize> {
-    let ask = |address: &String| {
-        let address = address.clone();
-        std::thread::Builder::new().spawn(move || answers(&address, limit))
+/// Returns the indices of the addresses that do not answer within `limit`, all probed at once. An address
+/// that is not known says nothing about the link to it.
+pub fn unreachable(addresses: &[Option<String>], limit: Duration) -> Vec<usize> {
+    let ask = |(index, address): (usize, &Option<String>)| {
+        let address = address.clone()?;
+        Some((index, std::thread::Builder::new().spawn(move || answers(&address, limit))))
     };
     // All threads are started before the first is joined, so that the probes run at the same time.
-    let asked: Vec<_> = addresses.iter().map(ask).collect();
-    let heard = asked.into_iter().map(|thread| thread.is_ok_and(|thread| thread.join().unwrap_or(false)));
-    heard.enumerate().filter(|(_, heard)| !heard).map(|(index, _)| index).collect()
+    let asked: Vec<_> = addresses.iter().enumerate().filter_map(ask).collect();
+    let heard =
+        |thread: std::io::Result<JoinHandle<bool>>| thread.is_ok_and(|thread| thread.join().unwrap_or(false));
+    asked.into_iter().filter_map(|(index, thread)| (!heard(thread)).then_some(index)).collect()
 }
 
 fn answers(address: &str, limit: Duration) -> bool {
@@ -73,7 +76,8 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         // It takes connections and says nothing.
         let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addresses = [here, free, silent.local_addr().unwrap()].map(|address| address.to_string());
-        assert_eq!(unreachable(&addresses, Duration::from_millis(300)), [1, 2]);
+        let [here, free, silent] =
+            [here, free, silent.local_addr().unwrap()].map(|address| Some(address.to_string()));
+        assert_eq!(unreachable(&[here, None, free, silent], Duration::from_millis(300)), [2, 3]);
     }
 }

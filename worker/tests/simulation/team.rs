@@ -224,11 +224,18 @@ impl Trainer {
 
     /// Finds out which members do not answer.
     pub(crate) async fn probe(&self) {
-        let (addresses, limit) = self.session.members_to_probe();
+        let _pause = self.session.pause();
+        let (addresses, limit) = self.session.members_to_probe().await;
         let own = format!("{}:{LINKS}", self.start.address);
+        // The address of one that is not known says nothing about the link to it.
         let asked = addresses.into_iter().map(|address| {
-            let is_own = address == own;
-            tokio::spawn(async move { is_own || net::answers(&address, limit).await })
+            let other = address.filter(|address| *address != own);
+            tokio::spawn(async move {
+                match other {
+                    Some(other) => net::answers(&other, limit).await,
+                    None => true,
+                }
+            })
         });
         let asked: Vec<_> = asked.collect();
         let mut lost = Vec::new();
