@@ -181,8 +181,8 @@ pub enum Activity {
     /// Quiesced between two groups.
     #[default]
     Resting,
-    /// Training is paused for other work: a storage, or an evaluation at the end. The pause has no
-    /// time limit.
+    /// Training is paused for other work: a storage, an evaluation at the end, or a test of links. The
+    /// pause has no time limit of the machine's.
     Paused,
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Events are lines of a file that is kept for ever. A worker that trains causes few; a broken or
 //! hostile one could fill the disk.
+//! Questions whose answers are as long as the group is large count as events.
 
 use std::time::Duration;
 

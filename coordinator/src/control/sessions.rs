@@ -153,17 +153,7 @@ impl Shell {
         // Invariant 4 of the loop: input of an older session tells of a time that the machine has left
         // behind.
         let Some(current) = self.workers.get_mut(&worker).filter(is_current) else { return Ok(()) };
-        // Each of these writes a line to events.jsonl, which is kept for ever, or asks for an answer as long
-        // as the group is large.
-        let is_costly = matches!(
-            message,
-            FromWorker::Loaded(..)
-                | FromWorker::Fault(..)
-                | FromWorker::Leave
-                | FromWorker::PartDelayed(..)
-                | FromWorker::AddressesWanted(_)
-        );
-        let left_out = if is_costly { current.budget.spend() } else { Some(0) };
+        let left_out = if is_costly(&message) { current.budget.spend() } else { Some(0) };
         let Some(left_out) = left_out else { return self.spent(session, worker, &message) };
         match message {
             FromWorker::Hello(_) => {
@@ -369,4 +359,17 @@ impl Shell {
         let pid = self.workers.remove(&worker).map(|lost| lost.pid);
         self.records.event(&RunEvent::WorkerLost { pid, reason: loss.to_string(), worker: worker.0 });
     }
+}
+
+/// Whether a message counts against its session's budget: it writes a line to events.jsonl, which is kept for
+/// ever, or its answer is as long as the group is large.
+fn is_costly(message: &FromWorker) -> bool {
+    matches!(
+        message,
+        FromWorker::Loaded(..)
+            | FromWorker::Fault(..)
+            | FromWorker::Leave
+            | FromWorker::PartDelayed(..)
+            | FromWorker::AddressesWanted(_)
+    )
 }
