@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -18,8 +19,13 @@ using torch::autograd::variable_list;
 // Number of weights below which libtorch's own product takes less time than the way to oneDNN's.
 constexpr std::int64_t few_weights = 1 << 15;
 
+// Decided by shapes alone, never by what varies from run to run. The largest of the three matrices is that of the
+// weights, or of their gradient.
 at::Tensor multiplied(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "no product of ", a.sizes(), " and ", b.sizes());
+  if (std::max({a.numel(), b.numel(), a.size(0) * b.size(1)}) < few_weights) {
+    return at::mm(a, b);
+  }
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
   matmul_into(out, a, b, /*scale=*/1.0, /*add=*/false);
   return out;
@@ -65,22 +71,55 @@ struct ProductOfRows : torch::autograd::Function<ProductOfRows> {
   }
 };
 
-// By kinds and shapes alone: never by what varies from run to run.
-bool is_faster(const at::Tensor& input, const at::Tensor& weight) {
+// A linear layer with a leaky ReLU as one node: of small batches autograd's own work takes as long as the products.
+struct LeakyLinear : torch::autograd::Function<LeakyLinear> {
+  static at::Tensor forward(
+      AutogradContext* context,
+      const at::Tensor& input,
+      const at::Tensor& weight,
+      const at::Tensor& bias,
+      double slope) {
+    at::Tensor out = multiplied(input, weight.t());
+    out.add_(bias);
+    at::leaky_relu_(out, slope);
+    context->save_for_backward({input, weight, out});
+    context->saved_data["slope"] = slope;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const double slope = context->saved_data["slope"].toDouble();
+    const at::Tensor of_sum = at::leaky_relu_backward(grads[0], saved[2], slope, /*self_is_result=*/true);
+    variable_list of(4);
+    if (context->needs_input_grad(0)) {
+      of[0] = Product::apply(of_sum, saved[1]);
+    }
+    if (context->needs_input_grad(1)) {
+      of[1] = Product::apply(of_sum.t(), saved[0]);
+    }
+    if (context->needs_input_grad(2)) {
+      of[2] = of_sum.sum(0);
+    }
+    return of;
+  }
+};
+
+bool is_single(const at::Tensor& input, const at::Tensor& weight) {
   const auto fits = [](const at::Tensor& tensor) {
     return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.dim() == 2;
   };
-  return fits(input) && fits(weight) && weight.numel() >= few_weights;
+  return fits(input) && fits(weight);
 }
 
 } // namespace
 
 std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b) {
-  return std::make_unique<at::Tensor>(is_faster(a, b) ? Product::apply(a, b) : at::mm(a, b));
+  return std::make_unique<at::Tensor>(is_single(a, b) ? Product::apply(a, b) : at::mm(a, b));
 }
 
 std::unique_ptr<at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  if (!is_faster(input, weight)) {
+  if (!is_single(input, weight)) {
     return std::make_unique<at::Tensor>(
         at::linear(input, weight, bias.defined() ? std::make_optional(bias) : std::nullopt));
   }
@@ -89,6 +128,16 @@ std::unique_ptr<at::Tensor> linear(const at::Tensor& input, const at::Tensor& we
     out.add_(bias);
   }
   return std::make_unique<at::Tensor>(std::move(out));
+}
+
+std::unique_ptr<at::Tensor>
+leaky_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope) {
+  if (is_single(input, weight) && slope > 0.0) {
+    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "a bias of ", bias.sizes());
+    return std::make_unique<at::Tensor>(LeakyLinear::apply(input, weight, bias, slope));
+  }
+  at::Tensor out = at::linear(input, weight, bias);
+  return std::make_unique<at::Tensor>(at::leaky_relu_(out, slope));
 }
 
 } // namespace c10d_shim

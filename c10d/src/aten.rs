@@ -277,6 +277,14 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<
     owned(shim::linear(at_tensor(input), at_tensor(weight), bias)?)
 }
 
+/// Computes a linear layer with a bias, as [`linear`], and max(x, slope x) of each element.
+///
+/// # Errors
+/// As for [`product`].
+pub fn leaky_linear(input: &Tensor, weight: &Tensor, bias: &Tensor, slope: f64) -> Result<Tensor, Error> {
+    owned(shim::leaky_linear(at_tensor(input), at_tensor(weight), at_tensor(bias), slope)?)
+}
+
 /// Writes or adds a product to a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Into {
@@ -469,12 +477,22 @@ mod tests {
             };
             let ours = all(Kind::Float, &|x| linear(&x[0], &x[1], Some(&x[2])).unwrap());
             is_near(ours, all(Kind::Double, &|x| x[0].linear(&x[1], Some(&x[2]))));
+            let ours = all(Kind::Float, &|x| leaky_linear(&x[0], &x[1], &x[2], 0.2).unwrap());
+            is_near(
+                ours,
+                all(Kind::Double, &|x| {
+                    let mut out = x[0].linear(&x[1], Some(&x[2]));
+                    leaky_relu(&mut out, 0.2).unwrap();
+                    out
+                }),
+            );
             let ours = all(Kind::Float, &|x| product(&x[0], &x[1].tr()).unwrap() + &x[2]);
             is_near(ours, all(Kind::Double, &|x| x[0].matmul(&x[1].tr()) + &x[2]));
         }
         let [a, b] = [draw(&[300, 200]), draw(&[300, 200])].map(|x| x.to_kind(Kind::Float));
         assert!(matches!(product(&a, &b), Err(Error::Fatal(_))));
         assert!(matches!(linear(&a, &b.tr(), None), Err(Error::Fatal(_))));
+        assert!(matches!(leaky_linear(&a, &b, &a, 0.2), Err(Error::Fatal(_))));
     }
 
     #[test]

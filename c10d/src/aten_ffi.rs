@@ -86,6 +86,12 @@ pub(crate) mod shim {
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn product(a: &Tensor, b: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn linear(input: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn leaky_linear(
+            input: &Tensor,
+            weight: &Tensor,
+            bias: &Tensor,
+            slope: f64,
+        ) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;
         fn layer_norm_backward(

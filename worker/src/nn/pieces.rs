@@ -61,6 +61,11 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
     c10d::aten::linear(x, weight, bias).expect("a layer's tensors fit its input")
 }
 
+/// Linear layer with a bias and max(x, slope x) of each element.
+pub(super) fn leaky_linear(x: &Tensor, weight: &Tensor, bias: &Tensor, slope: f64) -> Tensor {
+    c10d::aten::leaky_linear(x, weight, bias, slope).expect("a layer's tensors fit its input")
+}
+
 /// Product of matrices.
 pub(super) fn product(a: &Tensor, b: &Tensor) -> Tensor {
     c10d::aten::product(a, b).expect("the factors fit each other")

@@ -18,7 +18,7 @@
 use tch::Tensor;
 
 use super::pieces::{
-    Sizes, Specs, double, features_first, features_last, halve, in_single, linear, root, scaled,
+    Sizes, Specs, double, features_first, features_last, halve, in_single, leaky_linear, linear, root, scaled,
 };
 use super::sequential::{leaky_relu, sizes};
 use super::{Init, Network, Pass, TensorSpec};
@@ -117,7 +117,7 @@ impl Piece {
 fn block(x: &Tensor, groups: i64, next: Next<'_, '_>) -> Tensor {
     let [_, height, width, features] = <[i64; 4]>::try_from(x.size()).expect("maps have four dimensions");
     // Activations and sums are in place on what products give as it is: on a view autograd would copy.
-    let wide = leaky_relu(linear(&rows(x), &next().flatten(1, -1), Some(next())), SLOPE);
+    let wide = leaky_linear(&rows(x), &next().flatten(1, -1), next(), SLOPE);
     let wide = wide.view([-1, height, width, EXPANSION * features]);
     let (weight, bias) = (next(), next());
     let seen = features_first(&wide).conv2d(weight, Some(bias), [1, 1], [1, 1], [1, 1], groups);

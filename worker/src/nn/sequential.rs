@@ -6,7 +6,7 @@
 
 use tch::Tensor;
 
-use super::pieces::{in_single, linear, product};
+use super::pieces::{in_single, leaky_linear, linear, product};
 use super::{Init, Mode, Network, Pass, TensorSpec};
 
 /// Epsilon of batch normalisation, PyTorch's default.
@@ -117,9 +117,15 @@ impl Network for Sequential {
         let mut buffers_used = 0;
         // Once, at the entry: all layers compute in the kind of the parameters.
         let mut x = input.to_kind(pass.kind());
-        for layer in &self.layers {
+        let mut layers = self.layers.iter().peekable();
+        while let Some(layer) = layers.next() {
             x = match layer {
-                Layer::Linear { .. } => linear(&x, next(), Some(next())),
+                Layer::Linear { .. } => {
+                    match layers.next_if(|next| matches!(next, Layer::LeakyRelu { .. })) {
+                        Some(Layer::LeakyRelu { slope }) => leaky_linear(&x, next(), next(), *slope),
+                        _ => linear(&x, next(), Some(next())),
+                    }
+                }
                 Layer::Conv { kernel, stride, padding, .. } => {
                     conv(&channels_last(&x), next(), *kernel, *stride, *padding)
                 }
