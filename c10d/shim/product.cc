@@ -5,6 +5,7 @@
 #include <utility>
 
 #include <ATen/ATen.h>
+#include <ATen/TracerMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "aten.h"
@@ -105,21 +106,22 @@ struct LeakyLinear : torch::autograd::Function<LeakyLinear> {
   }
 };
 
-bool is_single(const at::Tensor& input, const at::Tensor& weight) {
+// Whether a product is computed here. A program that is recorded knows libtorch's operators alone.
+bool is_ours(const at::Tensor& input, const at::Tensor& weight) {
   const auto fits = [](const at::Tensor& tensor) {
     return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.dim() == 2;
   };
-  return fits(input) && fits(weight);
+  return fits(input) && fits(weight) && !at::tracer::impl::is_dispatch_enabled();
 }
 
 } // namespace
 
 std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b) {
-  return std::make_unique<at::Tensor>(is_single(a, b) ? Product::apply(a, b) : at::mm(a, b));
+  return std::make_unique<at::Tensor>(is_ours(a, b) ? Product::apply(a, b) : at::mm(a, b));
 }
 
 std::unique_ptr<at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  if (!is_single(input, weight)) {
+  if (!is_ours(input, weight)) {
     return std::make_unique<at::Tensor>(
         at::linear(input, weight, bias.defined() ? std::make_optional(bias) : std::nullopt));
   }
@@ -132,7 +134,7 @@ std::unique_ptr<at::Tensor> linear(const at::Tensor& input, const at::Tensor& we
 
 std::unique_ptr<at::Tensor>
 leaky_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope) {
-  if (is_single(input, weight) && slope > 0.0) {
+  if (is_ours(input, weight) && slope > 0.0) {
     TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "a bias of ", bias.sizes());
     return std::make_unique<at::Tensor>(LeakyLinear::apply(input, weight, bias, slope));
   }

@@ -122,9 +122,10 @@ fn age_rows(run: &Run) {
     fs::write(run.path("metrics.jsonl"), rows).unwrap();
 }
 
-/// Rewrites a run directory as the first version would have left it, with two exceptions: the
-/// starts of generations, which that version wrote as prose, and the note that the last generation
-/// is quiesced, without which a coordinator waits until the lease of its members is over.
+/// Rewrites a run directory as the first version would have left it, with three exceptions: the
+/// starts of generations, which that version wrote as prose; the note that the last generation
+/// is quiesced, without which a coordinator waits until the lease of its members is over; and the
+/// version of the arithmetic, as another one is refused.
 fn age(run: &Run) {
     let text = fs::read_to_string(run.path("job.toml")).unwrap();
     let mut is_later_section = false;
@@ -151,7 +152,7 @@ fn age(run: &Run) {
             ALTER TABLE checkpoints DROP COLUMN generation;
             ALTER TABLE checkpoints DROP COLUMN valid;
             UPDATE generations SET members = replace(members, ',"writes_parts":true', '');
-            UPDATE facts SET value = json_remove(json_set(value, '$.build', '0.1.0'), '$.numerics') WHERE name = 'passport';
+            UPDATE facts SET value = json_set(value, '$.build', '0.1.0') WHERE name = 'passport';
             DELETE FROM facts WHERE name NOT IN ('run', 'port', 'passport', 'samples', 'closed');
             PRAGMA user_version = 1;"#,
         )
@@ -166,7 +167,7 @@ fn age(run: &Run) {
     fs::remove_file(run.path("admin.json")).ok();
 }
 
-/// A build resumes the run directories of all earlier ones, with the same bits.
+/// A build resumes the run directories of all earlier ones that have its arithmetic, with the same bits.
 #[test]
 fn a_run_directory_of_the_first_version_goes_on_with_the_same_bits() {
     let reference = Reference::of(&[SMALL_MLP, &["job.steps=40"]]);

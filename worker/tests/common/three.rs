@@ -11,7 +11,7 @@ use ganglion_worker::objective::{
     Phase, Reads, ScalarRole, ScalarSpec, ShardAt, ShardBatch, ShardGrad, State,
 };
 use ganglion_worker::random::{Key, Purpose};
-use ganglion_worker::state::{StateLayout, narrow};
+use ganglion_worker::state::StateLayout;
 use tch::{Kind, Tensor, no_grad};
 
 pub(crate) const ENCODER: NetworkId = NetworkId(0);
@@ -175,10 +175,9 @@ impl Evaluator for Three {
         layout: &'a StateLayout,
         snapshot: &'a Snapshot,
     ) -> Result<BatchSums<'a>, c10d::Error> {
-        let flat = snapshot.floats(0..layout.len);
         let average = layout.network(ENCODER).average_range().expect("the encoder has one");
-        let (encoder, buffers) = layout.network(ENCODER).views(&narrow(&flat, average));
-        let (head, _) = layout.network(HEAD).views(&narrow(&flat, layout.network(HEAD).weight_range()));
+        let (encoder, buffers) = layout.network(ENCODER).views(&snapshot.floats(average));
+        let (head, _) = layout.network(HEAD).views(&snapshot.floats(layout.network(HEAD).weight_range()));
         Ok(Box::new(move |batch, key| {
             let (features, mean) = (Some(features(batch.images())), &buffers[0]);
             let noise = key.normal(1);
