@@ -20,8 +20,8 @@ using torch::autograd::variable_list;
 // Number of weights below which libtorch's own product takes less time than the way to oneDNN's.
 constexpr std::int64_t few_weights = 1 << 15;
 
-// Decided by shapes alone, never by what varies from run to run. The largest of the three matrices is that of the
-// weights, or of their gradient.
+// Decided by shapes alone, never by what varies from run to run. The largest of the three matrices is that of
+// the weights, or of their gradient.
 at::Tensor multiplied(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "no product of ", a.sizes(), " and ", b.sizes());
   if (std::max({a.numel(), b.numel(), a.size(0) * b.size(1)}) < few_weights) {
@@ -72,7 +72,8 @@ struct ProductOfRows : torch::autograd::Function<ProductOfRows> {
   }
 };
 
-// A linear layer with a leaky ReLU as one node: of small batches autograd's own work takes as long as the products.
+// A linear layer with a leaky ReLU as one node: of small batches autograd's own work takes as long as the
+// products.
 struct LeakyLinear : torch::autograd::Function<LeakyLinear> {
   static at::Tensor forward(
       AutogradContext* context,

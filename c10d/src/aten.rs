@@ -256,9 +256,9 @@ pub fn leaky_relu(tensor: &mut Tensor, slope: f64) -> Result<(), Error> {
     Ok(shim::leaky_relu(at_tensor(tensor), slope)?)
 }
 
-/// Computes a product of matrices, (m, k) and (k, n), which autograd differentiates any number of times. On a CPU
-/// oneDNN multiplies single precision: libtorch asks MKL, which takes twice the time on processors of another
-/// maker.
+/// Computes a product of matrices, (m, k) and (k, n), which autograd differentiates any number of times. On a
+/// CPU oneDNN multiplies single precision: libtorch asks MKL, which takes twice the time on processors of
+/// another maker.
 ///
 /// # Errors
 /// [`Error::Fatal`] for shapes that do not fit each other, and if libtorch fails.
@@ -266,8 +266,8 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor, Error> {
     owned(shim::product(at_tensor(a), at_tensor(b))?)
 }
 
-/// Computes a linear layer: rows of an input, (m, k), with a weight, (n, k), and a bias, (n), if there is one, to
-/// (m, n). Otherwise as [`product`]; inputs of more dimensions are libtorch's.
+/// Computes a linear layer: rows of an input, (m, k), with a weight, (n, k), and a bias, (n), if there is one,
+/// to (m, n). Otherwise as [`product`]; inputs of more dimensions are libtorch's.
 ///
 /// # Errors
 /// As for [`product`].
@@ -450,8 +450,8 @@ mod tests {
     }
 
     /// Uses a CPU in place of the other device.
-    /// Values, gradients and gradients of gradients against libtorch's own layers in double precision, with few
-    /// weights and with many.
+    /// Values, gradients and gradients of gradients against libtorch's own layers in double precision, with
+    /// few weights and with many.
     #[test]
     fn products_and_linear_layers_have_all_derivatives() {
         let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Double, tch::Device::Cpu));

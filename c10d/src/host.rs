@@ -65,8 +65,8 @@ impl HostCopy {
         *lock(&SPARE) = Spare { memory: None, is_kept: false };
     }
 
-    /// Copies ranges of a flat tensor of floats, one after the other. A large copy goes into the memory of one
-    /// before.
+    /// Copies ranges of a flat tensor of floats, one after the other. A large copy goes into the memory of
+    /// one before.
     ///
     /// # Errors
     /// [`Error::Fatal`] if the tensor has no such range, libtorch has no memory, or a device fails.
@@ -97,9 +97,9 @@ impl AsRef<[u8]> for HostCopy {
         if self.numel == 0 {
             return &[];
         }
-        // SAFETY: a tensor of floats that `new` or `prepare` made on the CPU is contiguous, and `of` has written
-        // its first `numel` floats, which live as long as it does. It is private, and nothing writes to it after
-        // `of`.
+        // SAFETY: a tensor of floats that `of` or `prepare` made on the CPU is contiguous, and `of` has
+        // written its first `numel` floats, which live as long as it does. It is private, and nothing writes
+        // to it after `of`.
         unsafe { std::slice::from_raw_parts(self.memory.data_ptr().cast::<u8>(), 4 * self.numel) }
     }
 }

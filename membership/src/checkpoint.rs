@@ -1,6 +1,6 @@
 //! Assembly of a checkpoint from the files that its writers report.
 //!
-//! 1. A checkpoint is complete when each of its files was reported, all with the same fingerprint of the state.
+//! 1. A checkpoint is complete when each of its files was reported, all with one fingerprint of the state.
 //! 2. A file reported twice does no harm: the same state gives the same bytes.
 //! 3. Two fingerprints for one update index are a divergence and never make a checkpoint.
 //! 4. The state digest is put together from the writers' shares: no member hashes all of a state.
@@ -37,7 +37,7 @@ pub struct WrittenPart {
     pub file: StoredFile,
     /// Fingerprint of the whole state, as its writer held it.
     pub fingerprint: u64,
-    /// Share of the file in the state digest: the tensors in it. None of a file that is derived from the state.
+    /// Share of the file in the state digest: the tensors in it. None of a file derived from the state.
     pub share: Share,
 }
 

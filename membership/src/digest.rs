@@ -1,7 +1,7 @@
 //! blake3 of a stream, put together from what several writers know of it, none of whom needs all of it.
 //!
-//! blake3 is the root of a tree over chunks of 1024 bytes, in which the left child of a node covers the largest
-//! power of two of chunks that leaves something to the right (O'Connor et al., 2020, "BLAKE3", section 2.1).
+//! blake3 is the root of a tree over chunks of 1024 bytes, in which the left child of a node covers the
+//! largest power of two of chunks that leaves something to the right (O'Connor et al., 2020, "BLAKE3", section 2.1).
 //! Whoever has a stretch of the stream hashes the largest subtrees in it. Of the chunks at its ends, of which
 //! others have the rest, it passes the bytes on.
 
@@ -67,8 +67,8 @@ fn pieces(total: u64, stretch: &Range<u64>) -> Vec<Piece> {
 }
 
 impl Stretch {
-    /// Hashes a stretch of a stream of `total` bytes from byte `start` on. It consists of `texts`, one after the
-    /// other.
+    /// Hashes a stretch of a stream of `total` bytes from byte `start` on. It consists of `texts`, one after
+    /// the other.
     ///
     /// # Panics
     /// The stretch goes beyond the stream.
@@ -144,8 +144,8 @@ enum Content<'a> {
     Subtree(ChainingValue),
 }
 
-/// Returns blake3 of a stream in hex, from the shares of all its writers; `None` if they are not shares of one
-/// stream, or lack some of it or have it twice.
+/// Returns blake3 of a stream in hex, from the shares of all its writers; `None` if they are not shares of
+/// one stream, or lack some of it or have it twice.
 pub(crate) fn whole<'a>(shares: impl IntoIterator<Item = &'a Share>) -> Option<String> {
     let shares: Vec<&Share> = shares.into_iter().filter(|share| !share.stretches.is_empty()).collect();
     let total = shares.first().map_or(0, |share| share.total);

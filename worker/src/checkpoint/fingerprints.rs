@@ -1,7 +1,7 @@
 //! Fingerprints of a state's tensors, by which the members of a group make sure that all hold one state.
 //!
-//! Each member computes them where the state is. A writer computes those of its tensors once more, from the copy
-//! that it writes: if the copy is damaged, what it reports is not what the others report.
+//! Each member computes them where the state is. A writer computes those of its tensors once more, from the
+//! copy that it writes: if the copy is damaged, what it reports is not what the others report.
 
 use ganglion_membership::Position;
 use tch::{Device, Tensor};

@@ -104,8 +104,8 @@ fn counter_tensors(counters: &Counters) -> [(&'static str, [u8; 8]); 3] {
 
 /// Number of parts that hold the state: a function of the job, and not of the workers that write them.
 fn part_count(layout: &StateLayout, data_shards: u32) -> usize {
-    // At least four, so that several members share the work, but no more than shards, as a group is no larger.
-    // More of a large state, so that each member copies and hashes about as much as the others.
+    // At least four, so that several members share the work, but no more than shards, as a group is no
+    // larger. More of a large state, so that each member copies and hashes about as much as the others.
     (4 * layout.len).div_ceil(PART_BYTES).max(data_shards.min(4) as usize).min(layout.tensors().len())
 }
 

@@ -30,7 +30,7 @@ impl Snapshot {
         Snapshot { step, phase, counters, ranges: vec![(0..flat.len() / 4, 0)], floats: flat }
     }
 
-    /// Copies these ranges of a state, in ascending order, after `step` steps and `phase` phases of the next one.
+    /// Copies these ranges of a state, in ascending order, after `step` steps and `phase` phases of the next.
     ///
     /// # Errors
     /// The host has no memory for them, or a device fails.
@@ -72,7 +72,7 @@ impl Snapshot {
     }
 }
 
-/// Joins ranges of a state's buffer, so that neighbours are copied at once. A gap between two tensors is copied too.
+/// Joins ranges of a state's buffer, so that neighbours are copied at once, with the gaps between them.
 pub fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
     ranges.sort_by_key(|range| range.start);
     let mut joined: Vec<Range<usize>> = Vec::new();
@@ -85,7 +85,7 @@ pub fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
     joined
 }
 
-/// Ranges of the weights that samples are drawn with, and evaluations made: of each network, and of its average.
+/// Ranges of the weights that samples and evaluations are made with: of each network, and of its average.
 pub fn weights(layout: &StateLayout) -> impl Iterator<Item = Range<usize>> {
     layout
         .networks()

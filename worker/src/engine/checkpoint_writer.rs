@@ -42,7 +42,7 @@ const LARGE: usize = 64 << 20;
 pub(crate) struct Order {
     /// Generation that trained to the snapshot.
     pub generation: Generation,
-    /// What to save and draw from.
+    /// Tensors to save and draw from.
     pub snapshot: Arc<Snapshot>,
     /// Files of its checkpoint to write, by index.
     pub files: Vec<usize>,

@@ -228,8 +228,8 @@ pub trait Evaluator: Send + Sync {
     /// Names of the scalars, in order. None is that of a metric of generated samples.
     fn scalars(&self) -> Vec<Cow<'static, str>>;
 
-    /// Prepares the weights of a snapshot, which has those of each network and their averages, and perhaps nothing
-    /// else of the state.
+    /// Prepares the weights of a snapshot, which has those of each network and their averages, and perhaps
+    /// nothing else of the state.
     ///
     /// # Errors
     /// libtorch refused.
