@@ -266,8 +266,8 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor, Error> {
     owned(shim::product(at_tensor(a), at_tensor(b))?)
 }
 
-/// Computes a linear layer: rows of an input, (m, k), with a weight, (n, k), and a bias, (n), if there is one,
-/// to (m, n). Otherwise as [`product`]; inputs of more dimensions are libtorch's.
+/// Computes a linear layer: rows of an input, (m, k), with a weight, (n, k), and a bias, (n), if there is
+/// one, to (m, n). Otherwise as [`product`]; inputs of more dimensions are libtorch's.
 ///
 /// # Errors
 /// As for [`product`].

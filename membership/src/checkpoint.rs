@@ -210,7 +210,8 @@ mod tests {
     fn two_states_for_one_position_are_a_conflict() {
         let mut assembly = Assembly::default();
         assembly.add(part(0, 7), &two()).unwrap();
-        assert!(assembly.add(part(1, 8), &two()).is_err());
+        let conflict = PartConflict("the workers' states differ at step 3".to_string());
+        assert_eq!(assembly.add(part(1, 8), &two()), Err(conflict));
     }
 
     #[test]
@@ -218,7 +219,8 @@ mod tests {
         let mut assembly = Assembly::default();
         assembly.add(part(0, 7), &two()).unwrap();
         let lacking = WrittenPart { share: Share::default(), ..part(1, 7) };
-        assert!(assembly.add(lacking, &two()).is_err());
+        let conflict = PartConflict("the workers' files of step 3 do not make up one state".to_string());
+        assert_eq!(assembly.add(lacking, &two()), Err(conflict));
         // And no reason to keep what was reported.
         assert_eq!(assembly.add(part(0, 7), &two()), Ok(None));
     }

@@ -1,7 +1,8 @@
 //! blake3 of a stream, put together from what several writers know of it, none of whom needs all of it.
 //!
 //! blake3 is the root of a tree over chunks of 1024 bytes, in which the left child of a node covers the
-//! largest power of two of chunks that leaves something to the right (O'Connor et al., 2020, "BLAKE3", section 2.1).
+//! largest power of two of chunks that leaves something to the right (O'Connor et al., 2020, "BLAKE3",
+//! section 2.1).
 //! Whoever has a stretch of the stream hashes the largest subtrees in it. Of the chunks at its ends, of which
 //! others have the rest, it passes the bytes on.
 
