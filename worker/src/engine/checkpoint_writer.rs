@@ -24,7 +24,7 @@ use serde::Serialize;
 use crate::checkpoint::storage::{PAUSES, RunStorage};
 use crate::checkpoint::{CheckpointError, Fingerprints, Snapshot};
 use crate::data::DataSet;
-use crate::nn::broken::guarded;
+use crate::nn::broken::{contained, spawn_awaited};
 use crate::objective::Model;
 use crate::sampling;
 use crate::session::Session;
@@ -118,11 +118,10 @@ impl Queue {
 impl Context {
     /// Draws a grid of real samples. Takes no random number, and touches no state.
     fn draw_real(&self, data: &DataSet) {
-        let draw = || guarded(|| sampling::grid_of_real(data, self.job.sample.count));
+        let draw = || contained(|| sampling::grid_of_real(data, self.job.sample.count));
         match self.track.during("draw real samples", Nothing {}, draw) {
-            Ok(Ok(grid)) => grid.into_iter().for_each(|grid| self.send(grid)),
+            Ok(grid) => grid.into_iter().for_each(|grid| self.send(grid)),
             Err(error) => tracing::warn!("no real samples: {error}"),
-            Ok(Err(error)) => tracing::warn!("no real samples: {error}"),
         }
     }
 
@@ -142,7 +141,7 @@ impl Archive {
     pub(crate) fn start(context: Context) -> std::io::Result<Archive> {
         let shared = Arc::new(Monitor::<Queue>::default());
         let (theirs, session) = (shared.clone(), context.session.clone());
-        std::thread::Builder::new().name("archive".to_string()).spawn(move || theirs.serve(&context))?;
+        spawn_awaited("archive", move || theirs.serve(&context))?;
         Ok(Archive { shared, session })
     }
 
@@ -248,22 +247,20 @@ impl Monitor<Queue> {
                 let Context { job, model, track, .. } = context;
                 let (seed, count) = (job.job.seed, job.sample.count);
                 let grid = || sampling::grid_of(sampler, &model.layout, &order.snapshot, seed, count);
-                let draw = || guarded(grid);
+                let draw = || contained(grid);
                 match track.during("draw samples", Of { step: order.snapshot.step, file: None }, draw) {
-                    Ok(Ok(grid)) => context.send(grid),
+                    Ok(grid) => context.send(grid),
                     Err(error) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
-                    Ok(Err(error)) => tracing::warn!("no samples of step {}: {error}", order.snapshot.step),
                 }
             }
             if let (true, Some(sampler)) = (order.samples, context.model.objective.text_sampler()) {
                 let Context { job, model, track, .. } = context;
                 let (seed, count) = (job.job.seed, job.sample.count);
                 let texts = || sampling::texts_of(sampler, &model.layout, &order.snapshot, seed, count);
-                let write = || guarded(texts);
+                let write = || contained(texts);
                 match track.during("write texts", Of { step: order.snapshot.step, file: None }, write) {
-                    Ok(Ok(texts)) => context.session.send(FromWorker::Texts(texts)),
+                    Ok(texts) => context.session.send(FromWorker::Texts(texts)),
                     Err(error) => tracing::warn!("no texts of step {}: {error}", order.snapshot.step),
-                    Ok(Err(error)) => tracing::warn!("no texts of step {}: {error}", order.snapshot.step),
                 }
             }
             // No lock is held here: the training thread may queue, discard or drain meanwhile.

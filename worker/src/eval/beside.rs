@@ -23,7 +23,7 @@ use super::inputs::Inputs;
 use super::judge::{Judge, Means};
 use crate::checkpoint::Snapshot;
 use crate::data::DataSet;
-use crate::nn::broken::guarded;
+use crate::nn::broken::{contained, spawn_awaited};
 use crate::objective::Model;
 use crate::random::{Key, Purpose};
 use crate::session::Session;
@@ -85,9 +85,7 @@ impl Evaluations {
         // A job without evaluations needs no thread, and `push` then does nothing.
         if let Some(context) = context {
             let theirs = shared.clone();
-            std::thread::Builder::new()
-                .name("evaluation".to_string())
-                .spawn(move || theirs.serve(context))?;
+            spawn_awaited("evaluation", move || theirs.serve(context))?;
         } else {
             // So that nobody waits for a thread that was not started.
             shared.lock().closed = true;
@@ -194,9 +192,8 @@ impl Monitor<Queue> {
                 }
                 Ok(metrics)
             };
-            // A user's module may fail: training goes on without its figures.
-            let make = || guarded(make).unwrap_or_else(|broken| Err(EvalError::Input(broken.to_string())));
-            let metrics = track.during("evaluate", of, make);
+            // Whatever fails, training goes on without its figures.
+            let metrics = track.during("evaluate", of, || contained(make));
             track.flush();
             let seconds = began.elapsed().as_secs_f64();
             let row = match metrics {

@@ -8,7 +8,7 @@ use std::future::pending;
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ganglion_proto::listen::{Limits, Room, accept_loop};
 
@@ -57,8 +57,11 @@ pub fn unreachable(addresses: &[Option<String>], limit: Duration) -> Vec<usize> 
 fn answers(address: &str, limit: Duration) -> bool {
     let Ok(mut addresses) = address.to_socket_addrs() else { return false };
     let Some(address) = addresses.next() else { return false };
+    let begun = Instant::now();
     let greeted = TcpStream::connect_timeout(&address, limit).and_then(|mut stream| {
-        stream.set_read_timeout(Some(limit))?;
+        // One limit for both; zero would mean none.
+        let left = limit.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
+        stream.set_read_timeout(Some(left))?;
         let mut greeting = [0; GREETING.len()];
         stream.read_exact(&mut greeting)?;
         Ok(greeting == *GREETING)
