@@ -10,8 +10,18 @@ fn main() {
     let torch = lib.parent().expect("libtorch's libraries lie in a folder of libtorch").to_owned();
     let cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
 
-    let mut sources =
-        vec!["error", "handle", "group", "gloo", "store", "aten", "product", "script", "package"];
+    let mut sources = vec![
+        "error",
+        "handle",
+        "group",
+        "gloo",
+        "store",
+        "aten",
+        "product",
+        "script",
+        "package",
+        "graph_product",
+    ];
     if cuda {
         sources.extend(["nccl", "cuda"]);
     }

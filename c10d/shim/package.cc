@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include "c10d/src/aten_ffi.rs.h"
+#include "product.h"
 
 namespace c10d_shim {
 
@@ -47,6 +48,8 @@ std::unique_ptr<TensorList> Graph::run(std::unique_ptr<TensorList> inputs) const
 }
 
 std::unique_ptr<Graph> load_graph(rust::Str library, std::int8_t device) {
+  // Otherwise a worker that was linked otherwise would compute other bits than the rest.
+  TORCH_CHECK(graphs_take_our_products(), "this program was linked without the products of compiled graphs");
   const std::string path(library);
   const std::string kind = device < 0 ? "cpu" : "cuda";
   const auto& runners = torch::inductor::getAOTIModelRunnerRegistry();

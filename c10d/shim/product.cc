@@ -17,14 +17,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Number of weights below which libtorch's own product takes less time than the way to oneDNN's.
-constexpr std::int64_t few_weights = 1 << 15;
-
-// Decided by shapes alone, never by what varies from run to run. The largest of the three matrices is that of
-// the weights, or of their gradient.
 at::Tensor multiplied(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "no product of ", a.sizes(), " and ", b.sizes());
-  if (std::max({a.numel(), b.numel(), a.size(0) * b.size(1)}) < few_weights) {
+  if (!is_large_product(a, b)) {
     return at::mm(a, b);
   }
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
@@ -116,6 +111,13 @@ bool is_ours(const at::Tensor& input, const at::Tensor& weight) {
 }
 
 } // namespace
+
+bool is_large_product(const at::Tensor& a, const at::Tensor& b) {
+  // Number of weights below which libtorch's own product takes less time than the way to oneDNN's.
+  constexpr std::int64_t few_weights = 1 << 15;
+  const std::int64_t count = a.numel() / std::max<std::int64_t>(a.size(-1), 1) * b.size(-1);
+  return std::max({a.numel(), b.numel(), count}) >= few_weights;
+}
 
 std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b) {
   return std::make_unique<at::Tensor>(is_ours(a, b) ? Product::apply(a, b) : at::mm(a, b));
