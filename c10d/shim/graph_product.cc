@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 
@@ -19,33 +18,49 @@ bool is_ours(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
   return is_single(out) && is_single(a) && is_single(b) && c10d_shim::is_large_product(a, b);
 }
 
-// Writes addend + alpha a b.
-void add_product(at::Tensor& out, const at::Tensor& addend, const at::Tensor& a, const at::Tensor& b, double alpha) {
-  const c10::NoGradGuard no_grad;
-  out.copy_(addend.expand(out.sizes()));
-  c10d_shim::matmul_into(out, a, b, alpha, /*add=*/true);
+using Product = at::Tensor& (*)(at::Tensor&, const at::Tensor&, const at::Tensor&);
+using AddedProduct = at::Tensor& (*)(
+    at::Tensor&,
+    const at::Tensor&,
+    const at::Tensor&,
+    const at::Tensor&,
+    const at::Scalar&,
+    const at::Scalar&);
+
+// Writes a b, by libtorch's function where it is not ours.
+void write_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, Product otherwise) {
+  if (is_ours(out, a, b)) {
+    c10d_shim::matmul_into(out, a, b, /*scale=*/1.0, /*add=*/false);
+  } else {
+    otherwise(out, a, b);
+  }
+}
+
+// Writes beta addend + alpha a b, by libtorch's function where it is not ours.
+void write_added_product(
+    at::Tensor& out,
+    const at::Tensor& addend,
+    const at::Tensor& a,
+    const at::Tensor& b,
+    double beta,
+    double alpha,
+    AddedProduct otherwise) {
+  if (beta == 1.0 && is_ours(out, a, b)) {
+    out.copy_(addend.expand(out.sizes()));
+    c10d_shim::matmul_into(out, a, b, alpha, /*add=*/true);
+  } else {
+    otherwise(out, addend, a, b, beta, alpha);
+  }
 }
 
 } // namespace
 
 AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    if (is_ours(tensor(out), tensor(self), tensor(mat2))) {
-      c10d_shim::matmul_into(tensor(out), tensor(self), tensor(mat2), /*scale=*/1.0, /*add=*/false);
-    } else {
-      at::mm_out(tensor(out), tensor(self), tensor(mat2));
-    }
-  });
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(write_product(tensor(out), tensor(self), tensor(mat2), at::mm_out););
 }
 
 AOTITorchError aoti_torch_cpu_bmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    if (is_ours(tensor(out), tensor(self), tensor(mat2))) {
-      c10d_shim::matmul_into(tensor(out), tensor(self), tensor(mat2), /*scale=*/1.0, /*add=*/false);
-    } else {
-      at::bmm_out(tensor(out), tensor(self), tensor(mat2));
-    }
-  });
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(write_product(tensor(out), tensor(self), tensor(mat2), at::bmm_out););
 }
 
 AOTITorchError aoti_torch_cpu_addmm_out(
@@ -55,13 +70,8 @@ AOTITorchError aoti_torch_cpu_addmm_out(
     AtenTensorHandle mat2,
     double beta,
     double alpha) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    if (beta == 1.0 && is_ours(tensor(out), tensor(mat1), tensor(mat2))) {
-      add_product(tensor(out), tensor(self), tensor(mat1), tensor(mat2), alpha);
-    } else {
-      at::addmm_out(tensor(out), tensor(self), tensor(mat1), tensor(mat2), beta, alpha);
-    }
-  });
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
+      write_added_product(tensor(out), tensor(self), tensor(mat1), tensor(mat2), beta, alpha, at::addmm_out););
 }
 
 AOTITorchError aoti_torch_cpu_baddbmm_out(
@@ -71,13 +81,8 @@ AOTITorchError aoti_torch_cpu_baddbmm_out(
     AtenTensorHandle batch2,
     double beta,
     double alpha) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    if (beta == 1.0 && is_ours(tensor(out), tensor(batch1), tensor(batch2))) {
-      add_product(tensor(out), tensor(self), tensor(batch1), tensor(batch2), alpha);
-    } else {
-      at::baddbmm_out(tensor(out), tensor(self), tensor(batch1), tensor(batch2), beta, alpha);
-    }
-  });
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
+      write_added_product(tensor(out), tensor(self), tensor(batch1), tensor(batch2), beta, alpha, at::baddbmm_out););
 }
 
 namespace c10d_shim {

@@ -48,7 +48,7 @@ std::unique_ptr<TensorList> Graph::run(std::unique_ptr<TensorList> inputs) const
 }
 
 std::unique_ptr<Graph> load_graph(rust::Str library, std::int8_t device) {
-  // Otherwise a worker that was linked otherwise would compute other bits than the rest.
+  // A worker that was linked in another way would compute other bits than its peers.
   TORCH_CHECK(graphs_take_our_products(), "this program was linked without the products of compiled graphs");
   const std::string path(library);
   const std::string kind = device < 0 ? "cpu" : "cuda";
