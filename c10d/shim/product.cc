@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "aten.h"
+#include "small_product.h"
 
 namespace c10d_shim {
 
@@ -16,6 +18,20 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// Whether this thread's small products take vectors of 8 floats alone.
+thread_local bool is_narrow = false;
+
+// The widest kernels that this processor has instructions for; null if it has none of them.
+const SmallProducts* small_products() {
+#ifdef __x86_64__
+  static const bool has_wide = __builtin_cpu_supports("avx512f") != 0;
+  static const bool has_narrow = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+  return has_wide && !is_narrow ? &small_products_16 : has_narrow ? &small_products_8 : nullptr;
+#else
+  return nullptr;
+#endif
+}
 
 at::Tensor multiplied(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "no product of ", a.sizes(), " and ", b.sizes());
@@ -47,56 +63,120 @@ struct Product : torch::autograd::Function<Product> {
   }
 };
 
-// As the product of input and transposed weight, but the weight's gradient comes in the order of the weight.
-struct ProductOfRows : torch::autograd::Function<ProductOfRows> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& input, const at::Tensor& weight) {
-    context->save_for_backward({input, weight});
-    return multiplied(input, weight.t());
-  }
+// Whether the kernels of small_product.h take a layer's shapes. Beyond them oneDNN's take less time: they bring
+// large matrices into another order first.
+bool is_small_layer(const at::Tensor& input, const at::Tensor& weight, std::int64_t groups) {
+  return sums_by_groups(input.size(0) / groups, weight.numel());
+}
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const variable_list factors = context->get_saved_variables();
-    variable_list of(2);
-    if (context->needs_input_grad(0)) {
-      of[0] = Product::apply(grads[0], factors[1]);
-    }
-    if (context->needs_input_grad(1)) {
-      of[1] = Product::apply(grads[0].t(), factors[0]);
-    }
-    return of;
-  }
-};
+const float* floats(const at::Tensor& tensor) { return tensor.const_data_ptr<float>(); }
 
-// A linear layer with a leaky ReLU as one node: of small batches autograd's own work takes as long as the
-// products.
-struct LeakyLinear : torch::autograd::Function<LeakyLinear> {
+LayerSizes sizes_of(const at::Tensor& input, const at::Tensor& weight, std::int64_t groups) {
+  return {input.size(0) / groups, input.size(1), weight.size(0)};
+}
+
+at::Tensor small_output(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope) {
+  at::Tensor out = at::empty({input.size(0), weight.size(0)}, input.options());
+  const at::Tensor panel = at::empty({panel_width * input.size(1)}, input.options());
+  small_products()->output(
+      sizes_of(input, weight, /*groups=*/1),
+      floats(input),
+      floats(weight),
+      bias.defined() ? floats(bias) : nullptr,
+      static_cast<float>(slope),
+      out.mutable_data_ptr<float>(),
+      panel.mutable_data_ptr<float>());
+  return out;
+}
+
+// A linear layer, perhaps with a leaky ReLU, as one node: of small batches autograd's own work takes as long as the
+// products. Gradients of weight and bias are sums over groups of rows, which only small layers tell apart.
+struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(
       AutogradContext* context,
       const at::Tensor& input,
       const at::Tensor& weight,
-      const at::Tensor& bias,
-      double slope) {
-    at::Tensor out = multiplied(input, weight.t());
-    out.add_(bias);
-    at::leaky_relu_(out, slope);
-    context->save_for_backward({input, weight, out});
+      const std::optional<at::Tensor>& bias,
+      double slope,
+      std::int64_t groups) {
+    const at::Tensor addend = bias.value_or(at::Tensor());
+    at::Tensor out;
+    if (is_small_layer(input, weight, groups)) {
+      out = small_output(input.contiguous(), weight.contiguous(), addend, slope);
+    } else {
+      out = multiplied(input, weight.t());
+      if (addend.defined()) {
+        out.add_(addend);
+      }
+      if (slope != 1.0) {
+        at::leaky_relu_(out, slope);
+      }
+    }
+    context->save_for_backward({input, weight, slope == 1.0 ? at::Tensor() : out});
     context->saved_data["slope"] = slope;
+    context->saved_data["groups"] = groups;
+    context->saved_data["has_bias"] = addend.defined();
     return out;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const variable_list saved = context->get_saved_variables();
     const double slope = context->saved_data["slope"].toDouble();
-    const at::Tensor of_sum = at::leaky_relu_backward(grads[0], saved[2], slope, /*self_is_result=*/true);
-    variable_list of(4);
-    if (context->needs_input_grad(0)) {
-      of[0] = Product::apply(of_sum, saved[1]);
+    const std::int64_t groups = context->saved_data["groups"].toInt();
+    at::Tensor grad = grads[0];
+    if (slope != 1.0) {
+      grad = at::leaky_relu_backward(grad, saved[2], slope, /*self_is_result=*/true);
     }
-    if (context->needs_input_grad(1)) {
-      of[1] = Product::apply(of_sum.t(), saved[0]);
+    // A gradient that is differentiated in its turn consists of products that are nodes themselves.
+    const bool is_small = is_small_layer(saved[0], saved[1], groups) && !at::GradMode::is_enabled();
+    TORCH_CHECK(is_small || groups == 1, "only small layers without second derivatives sum by groups of rows");
+    // An input that is not there has no place among them.
+    const bool has_bias = context->saved_data["has_bias"].toBool();
+    const std::array<bool, 3> needs = {
+        context->needs_input_grad(0),
+        context->needs_input_grad(1),
+        has_bias && context->needs_input_grad(2)};
+    return is_small ? small_gradients(saved[0].contiguous(), saved[1].contiguous(), grad.contiguous(), groups, needs)
+                    : gradients(saved[0], saved[1], grad, needs);
+  }
+
+  static variable_list
+  gradients(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& grad, std::array<bool, 3> needs) {
+    variable_list of(5);
+    if (needs[0]) {
+      of[0] = Product::apply(grad, weight);
     }
-    if (context->needs_input_grad(2)) {
-      of[2] = of_sum.sum(0);
+    if (needs[1]) {
+      of[1] = Product::apply(grad.t(), input);
+    }
+    if (needs[2]) {
+      of[2] = grad.sum(0);
+    }
+    return of;
+  }
+
+  static variable_list small_gradients(
+      const at::Tensor& input,
+      const at::Tensor& weight,
+      const at::Tensor& grad,
+      std::int64_t groups,
+      std::array<bool, 3> needs) {
+    const SmallProducts& products = *small_products();
+    const LayerSizes sizes = sizes_of(input, weight, groups);
+    const auto place = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
+    variable_list of(5);
+    if (needs[0]) {
+      of[0] = place(input.sizes());
+      const LayerSizes whole = sizes_of(input, weight, /*groups=*/1);
+      products.of_input(whole, floats(grad), floats(weight), of[0].mutable_data_ptr<float>());
+    }
+    if (needs[1]) {
+      of[1] = place(weight.sizes());
+      products.of_weight(sizes, groups, floats(grad), floats(input), of[1].mutable_data_ptr<float>());
+    }
+    if (needs[2]) {
+      of[2] = place({weight.size(0)});
+      products.of_bias(sizes, groups, floats(grad), of[2].mutable_data_ptr<float>());
     }
     return of;
   }
@@ -112,6 +192,15 @@ bool is_ours(const at::Tensor& input, const at::Tensor& weight) {
 
 } // namespace
 
+bool sums_by_groups(std::int64_t rows, std::int64_t weights) {
+  constexpr std::int64_t most_weights = 1 << 20;
+  constexpr std::int64_t most_rows = 256;
+  const bool is_small = weights <= most_weights && rows <= most_rows;
+  return small_products() != nullptr && is_small && weights > 0 && rows > 0;
+}
+
+void narrow_small_products(bool narrow) { is_narrow = narrow; }
+
 bool is_large_product(const at::Tensor& a, const at::Tensor& b) {
   // Number of weights below which libtorch's own product takes less time than the way to oneDNN's.
   constexpr std::int64_t few_weights = 1 << 15;
@@ -123,26 +212,20 @@ std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b) {
   return std::make_unique<at::Tensor>(is_ours(a, b) ? Product::apply(a, b) : at::mm(a, b));
 }
 
-std::unique_ptr<at::Tensor> linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  if (!is_ours(input, weight)) {
-    return std::make_unique<at::Tensor>(
-        at::linear(input, weight, bias.defined() ? std::make_optional(bias) : std::nullopt));
-  }
-  at::Tensor out = ProductOfRows::apply(input, weight);
-  if (bias.defined()) {
-    out.add_(bias);
-  }
-  return std::make_unique<at::Tensor>(std::move(out));
-}
-
 std::unique_ptr<at::Tensor>
-leaky_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope) {
-  if (is_ours(input, weight) && slope > 0.0) {
-    TORCH_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), "a bias of ", bias.sizes());
-    return std::make_unique<at::Tensor>(LeakyLinear::apply(input, weight, bias, slope));
+linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope, std::int64_t groups) {
+  TORCH_CHECK(groups > 0 && groups <= most_groups && input.size(0) % groups == 0, "no groups of rows: ", groups);
+  const auto addend = bias.defined() ? std::make_optional(bias) : std::nullopt;
+  // Gradients are told from outputs, which they are for a slope from 0 to 1 alone.
+  if (is_ours(input, weight) && slope > 0.0 && slope <= 1.0) {
+    TORCH_CHECK(input.size(1) == weight.size(1), "no product of ", input.sizes(), " and ", weight.sizes());
+    TORCH_CHECK(!addend || (bias.dim() == 1 && bias.size(0) == weight.size(0)), "a bias of ", bias.sizes());
+    TORCH_CHECK(groups == 1 || is_small_layer(input, weight, groups), "a layer too large for groups of rows");
+    return std::make_unique<at::Tensor>(Linear::apply(input, weight, addend, slope, groups));
   }
-  at::Tensor out = at::linear(input, weight, bias);
-  return std::make_unique<at::Tensor>(at::leaky_relu_(out, slope));
+  TORCH_CHECK(groups == 1, "no groups of rows on this device or in this precision");
+  at::Tensor out = at::linear(input, weight, addend);
+  return std::make_unique<at::Tensor>(slope == 1.0 ? out : at::leaky_relu_(out, slope));
 }
 
 } // namespace c10d_shim

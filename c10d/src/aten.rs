@@ -269,12 +269,12 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor, Error> {
 /// Computes a linear layer: rows of an input, (m, k), with a weight, (n, k), and a bias, (n), if there is
 /// one, to (m, n). Otherwise as [`product`]; inputs of more dimensions are libtorch's.
 ///
+/// Of a layer with few weights each row has the same bits whatever the number of rows.
+///
 /// # Errors
 /// As for [`product`].
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, Error> {
-    let none = Tensor::new();
-    let bias = at_tensor(bias.unwrap_or(&none));
-    owned(shim::linear(at_tensor(input), at_tensor(weight), bias)?)
+    linear_by_groups(input, weight, bias, 1.0, 1)
 }
 
 /// Computes a linear layer with a bias, as [`linear`], and max(x, slope x) of each element.
@@ -282,7 +282,32 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<
 /// # Errors
 /// As for [`product`].
 pub fn leaky_linear(input: &Tensor, weight: &Tensor, bias: &Tensor, slope: f64) -> Result<Tensor, Error> {
-    owned(shim::leaky_linear(at_tensor(input), at_tensor(weight), at_tensor(bias), slope)?)
+    linear_by_groups(input, weight, Some(bias), slope, 1)
+}
+
+/// Computes a linear layer, as [`linear`], and max(x, slope x) of each element unless the slope is 1. The rows are
+/// `groups` neighbouring groups of as many rows each: the gradients of weight and bias have the bits of the groups'
+/// own, summed as leaves of a binary tree from left to right.
+///
+/// # Errors
+/// As for [`product`]; for several groups also [`Error::Fatal`] where [`sums_by_groups`] is false, for another
+/// kind than fp32, and for a gradient that is to be differentiated.
+pub fn linear_by_groups(
+    input: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    slope: f64,
+    groups: u32,
+) -> Result<Tensor, Error> {
+    let none = Tensor::new();
+    let bias = at_tensor(bias.unwrap_or(&none));
+    owned(shim::linear(at_tensor(input), at_tensor(weight), bias, slope, i64::from(groups))?)
+}
+
+/// Whether a linear layer of fp32 on a CPU takes several groups of so many rows, with a weight of this shape: a
+/// small one does, on a processor that has the instructions.
+pub fn sums_by_groups(rows: usize, [outputs, inputs]: [i64; 2]) -> bool {
+    i64::try_from(rows).is_ok_and(|rows| shim::sums_by_groups(rows, outputs.saturating_mul(inputs)))
 }
 
 /// Writes or adds a product to a tensor.
@@ -449,13 +474,12 @@ mod tests {
         assert!(matches!(matmul_into(&place, Into::Add, 1.0, [&a, &b]), Err(Error::Invalid(_))));
     }
 
-    /// Uses a CPU in place of the other device.
     /// Values, gradients and gradients of gradients against libtorch's own layers in double precision, with
     /// few weights and with many.
     #[test]
     fn products_and_linear_layers_have_all_derivatives() {
         let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Double, tch::Device::Cpu));
-        for (rows, inputs, outputs) in [(3, 5, 7), (9, 200, 300)] {
+        for (rows, inputs, outputs) in [(3, 5, 7), (9, 200, 300), (9, 1100, 1000)] {
             let factors = [draw(&[rows, inputs]), draw(&[outputs, inputs]), draw(&[outputs])];
             // What a gradient penalty does: the gradient of a sum that has a gradient in it.
             let all = |kind: Kind, layer: &dyn Fn(&[Tensor]) -> Tensor| {
@@ -477,6 +501,8 @@ mod tests {
             };
             let ours = all(Kind::Float, &|x| linear(&x[0], &x[1], Some(&x[2])).unwrap());
             is_near(ours, all(Kind::Double, &|x| x[0].linear(&x[1], Some(&x[2]))));
+            let ours = all(Kind::Float, &|x| linear(&x[0], &x[1], None).unwrap() + &x[2]);
+            is_near(ours, all(Kind::Double, &|x| x[0].linear(&x[1], Some(&x[2]))));
             let ours = all(Kind::Float, &|x| leaky_linear(&x[0], &x[1], &x[2], 0.2).unwrap());
             is_near(
                 ours,
@@ -493,6 +519,83 @@ mod tests {
         assert!(matches!(product(&a, &b), Err(Error::Fatal(_))));
         assert!(matches!(linear(&a, &b.tr(), None), Err(Error::Fatal(_))));
         assert!(matches!(leaky_linear(&a, &b, &a, 0.2), Err(Error::Fatal(_))));
+    }
+
+    /// Outputs and gradients of a linear layer, whose input has `groups` groups of rows.
+    fn layer(tensors: &[Tensor; 4], slope: f64, groups: u32) -> Vec<Tensor> {
+        let [input, weight, bias, grad] = tensors;
+        let leaves = [input, weight, bias].map(|x| x.detach().set_requires_grad(true));
+        let out = linear_by_groups(&leaves[0], &leaves[1], Some(&leaves[2]), slope, groups).unwrap();
+        let of = Tensor::run_backward(&[&(&out * grad).sum(Kind::Float)], &leaves, false, false);
+        [out.detach()].into_iter().chain(of).collect()
+    }
+
+    fn bits(tensor: &Tensor) -> Vec<u32> {
+        Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    /// With sizes that fill no tile, and numbers of groups that fill no tree.
+    #[test]
+    fn a_small_layer_over_groups_has_the_bits_of_one_for_each_group() {
+        assert!(sums_by_groups(1, [1, 1]), "this test needs a processor with AVX2");
+        let seed = 7;
+        tch::manual_seed(seed);
+        let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, tch::Device::Cpu));
+        for (rows, inputs, outputs) in [(1, 1, 1), (3, 37, 1), (7, 100, 67), (33, 65, 130)] {
+            for (groups, slope) in [(1, 1.0), (2, 0.2), (5, 0.2), (8, 1.0), (13, 0.2)] {
+                let (weight, bias) = (draw(&[outputs, inputs]), draw(&[outputs]));
+                let [input, grad] = [inputs, outputs].map(|size| draw(&[i64::from(groups) * rows, size]));
+                let of_group = |group: u32| {
+                    let own = |x: &Tensor| x.narrow(0, i64::from(group) * rows, rows).copy();
+                    layer(&[own(&input), weight.copy(), bias.copy(), own(&grad)], slope, 1)
+                };
+                // Neighbours are added level by level; one without a neighbour goes up as it is.
+                let mut nodes: Vec<Vec<Tensor>> = (0..groups).map(of_group).collect();
+                let joined =
+                    |index: usize| Tensor::cat(&nodes.iter().map(|node| &node[index]).collect::<Vec<_>>(), 0);
+                let rows_of = [joined(0), joined(1)];
+                while nodes.len() > 1 {
+                    let pairs = nodes.chunks(2).map(|pair| match pair {
+                        [left, right] => left.iter().zip(right).map(|(a, b)| a + b).collect(),
+                        _ => pair[0].iter().map(Tensor::shallow_clone).collect(),
+                    });
+                    nodes = pairs.collect();
+                }
+                let wanted: Vec<_> = rows_of.iter().chain(&nodes[0][2..]).map(bits).collect();
+                let tensors = [input, weight, bias, grad];
+                for narrow in [false, true] {
+                    shim::narrow_small_products(narrow);
+                    let ours: Vec<_> = layer(&tensors, slope, groups).iter().map(bits).collect();
+                    shim::narrow_small_products(false);
+                    assert!(
+                        ours == wanted,
+                        "{groups} groups of {rows} x {inputs} x {outputs}, narrow {narrow}, seed {seed}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_small_layers_of_single_precision_take_groups() {
+        assert!(sums_by_groups(256, [1024, 1024]));
+        assert!(
+            !sums_by_groups(257, [1, 1]) && !sums_by_groups(1, [1025, 1024]) && !sums_by_groups(0, [1, 1])
+        );
+        let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, tch::Device::Cpu));
+        let refused = |input: Tensor, weight: Tensor, groups| {
+            matches!(linear_by_groups(&input, &weight, None, 1.0, groups), Err(Error::Fatal(_)))
+        };
+        assert!(refused(ones(&[4, 2048]), ones(&[1024, 2048]), 2), "many weights");
+        assert!(refused(ones(&[600, 3]), ones(&[2, 3]), 2), "many rows");
+        assert!(refused(ones(&[4, 3]), ones(&[2, 3]), 3), "groups that differ");
+        assert!(refused(ones(&[4, 3]), ones(&[2, 3]), 0), "no group");
+        let double = |x: Tensor| x.to_kind(Kind::Double);
+        assert!(refused(double(ones(&[4, 3])), double(ones(&[2, 3])), 2), "double precision");
+        // A gradient penalty's.
+        let [input, weight] = [ones(&[4, 3]), ones(&[2, 3])].map(|x| x.set_requires_grad(true));
+        let out = linear_by_groups(&input, &weight, None, 1.0, 2).unwrap().sum(Kind::Float);
+        assert!(Tensor::f_run_backward(&[&out], &[&input], true, true).is_err());
     }
 
     #[test]

@@ -85,13 +85,16 @@ pub(crate) mod shim {
         fn trim_heap() -> Result<()>;
         fn leaky_relu(tensor: &Tensor, slope: f64) -> Result<()>;
         fn product(a: &Tensor, b: &Tensor) -> Result<UniquePtr<Tensor>>;
-        fn linear(input: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<UniquePtr<Tensor>>;
-        fn leaky_linear(
+        fn linear(
             input: &Tensor,
             weight: &Tensor,
             bias: &Tensor,
             slope: f64,
+            groups: i64,
         ) -> Result<UniquePtr<Tensor>>;
+        fn sums_by_groups(rows: i64, weights: i64) -> bool;
+        #[allow(dead_code)] // a test's
+        fn narrow_small_products(narrow: bool);
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;
         fn layer_norm_backward(
