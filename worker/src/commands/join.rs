@@ -24,6 +24,7 @@ use crate::device::{self, DeviceChoice};
 use crate::engine::checkpoint_writer::{Archive, Context};
 use crate::engine::gradient_log::GradientLog;
 use crate::engine::passport;
+use crate::engine::together::Together;
 use crate::engine::trainer::Trainer;
 use crate::eval::beside::{self, Evaluations};
 use crate::eval::inputs::Inputs;
@@ -212,6 +213,7 @@ fn load(
         drew_real: false,
         evaluations,
         gradient_log: GradientLog::from_environment()?,
+        together: Together::default(),
         held: None,
         track: track.clone(),
     })

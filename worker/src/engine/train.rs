@@ -13,12 +13,14 @@ use super::commit::{commit, pass, skip};
 use super::finite::{Rules, Verdict, judge};
 use super::generation::{Team, TeamError};
 use super::profile::{Laps, Part, Place};
+use super::reduce::tree::nodes_of;
 use super::reduce::{Header, Reduced};
 use super::report::Pace;
+use super::together::Inputs;
 use super::trainer::{Held, Trainer};
 use crate::data::{Batch, DataError, Plan, Prefetcher};
 use crate::device;
-use crate::objective::{Compute, Phase, Reads, Samples, ShardAt, ShardBatch};
+use crate::objective::{Compute, Phase, Reads, Samples, ShardAt, ShardBatch, ShardsAt};
 use crate::session::Work;
 
 /// Number of batches read ahead.
@@ -48,10 +50,16 @@ struct Loaded {
 }
 
 impl Loaded {
-    /// Returns a shard's samples, by its index among this rank's shards. They are copied: the address they
-    /// start at must not depend on how shards are dealt, since kernels may look at alignment.
-    fn of_shard(&self, place: u32) -> ShardBatch {
-        self.by_shard.map(|all| all.get(i64::from(place)).copy())
+    /// Returns the samples of shards, of which this rank's first is `first`.
+    fn of_shards(&self, at: &ShardsAt, first: u32) -> ShardBatch {
+        let (place, count) = (i64::from(at.shards.start - first), i64::from(at.count()));
+        let own = |all: &Tensor| all.narrow(0, place, count).flatten(0, 1);
+        match count {
+            // Copied: the address that they start at must not depend on how shards are dealt, since kernels may
+            // look at alignment.
+            1 => self.by_shard.map(|all| own(all).copy()),
+            _ => self.by_shard.map(own),
+        }
     }
 }
 
@@ -174,20 +182,28 @@ impl Trainer {
         all_reduce.begin(reduce)?;
         let mut launched = Vec::new();
         self.session.set_activity(Activity::Computing);
-        for shard in shards.clone() {
-            let batch = samples.map(|samples| samples.of_shard(shard - shards.start));
-            let (at, mut grad) = (ShardAt { phase, step, shard }, all_reduce.buffer(layout));
-            if phase.runs_in(step) {
-                let computed = course.compute.gradient(at, &held.state, batch.as_ref(), &mut grad);
-                computed.map_err(TeamError::Compute)?;
-                if let Some(log) = &self.gradient_log {
-                    log.record(position.0, at, self.model.name(phase), &grad)?;
-                }
+        let samples = |at: &ShardsAt| samples.map(|samples| samples.of_shards(at, shards.start));
+        let inputs = Inputs { state: &held.state, samples: &samples, layout, device: self.device };
+        let runs = phase.runs_in(step);
+        let (data_shards, log) = (self.job.job.data_shards, self.gradient_log.as_ref());
+        // A log has the gradient of each shard.
+        let most = if runs && log.is_none() { course.compute.most_together(phase) } else { 1 };
+        for node in nodes_of(shards.clone(), data_shards, self.together.most(phase, most)) {
+            let at = ShardsAt { phase, step, shards: node.leaves(data_shards) };
+            let mut buffer = || all_reduce.buffer(layout);
+            let gradient = if runs {
+                let sum = self.together.sum(&at, &inputs, &mut *course.compute, &mut buffer);
+                sum.map_err(TeamError::Compute)?
+            } else {
+                buffer()
+            };
+            if let Some(log) = log.filter(|_| runs) {
+                log.record(position.0, at.first(), self.model.name(phase), &gradient)?;
             }
-            all_reduce.add(shard, grad);
+            all_reduce.add(node, gradient);
             match device::mark(self.device).map_err(TeamError::Compute)? {
-                Some(mark) => launched.push((shard, mark)),
-                None => self.session.leaf_done(course.laps.leaf(shard)),
+                Some(mark) => launched.push((at.shards.start, mark)),
+                None => self.session.leaf_done(course.laps.leaf(at.shards.start)),
             }
         }
         // Launches return at once: only here is it known how long a GPU takes for a shard, by which the
@@ -261,7 +277,8 @@ impl Trainer {
         let samples = self.samples_of(batch);
         let step = self.model.steps(held.state.counters.position) + 1;
         let at = ShardAt { phase: self.model.phases()[0], step, shard };
-        let computed = course.compute.look_ahead(at, &held.state, &samples.of_shard(0));
+        let own = ShardsAt { phase: at.phase, step, shards: shard..shard + 1 };
+        let computed = course.compute.look_ahead(at, &held.state, &samples.of_shards(&own, shard));
         computed.map_err(TeamError::Compute)?;
         course.ahead = Some(samples);
         Ok(())

@@ -16,6 +16,7 @@ use super::generation::{Team, TeamError};
 use super::gradient_log::GradientLog;
 use super::profile::Place;
 use super::report::Pending;
+use super::together::Together;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::init_weights::Beginning;
 use crate::checkpoint::storage::{Reading, RunStorage};
@@ -52,6 +53,8 @@ pub(crate) struct Trainer {
     pub evaluations: Evaluations,
     /// Log of shard gradients, if the environment asks for one.
     pub gradient_log: Option<GradientLog>,
+    /// What is known of passes over several shards.
+    pub together: Together,
     /// State after the newest commit; `None` before the first assignment.
     pub held: Option<Held>,
     /// Trace track of the training thread.

@@ -43,6 +43,12 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// normalisation.
     fn sees_batch(&self) -> bool;
 
+    /// Whether a pass over several data shards, of so many samples each, sums the gradients of parameters by
+    /// [`Pass::shards`].
+    fn sums_by_shards(&self, _samples: usize) -> bool {
+        false
+    }
+
     /// Returns the network's output for a batch, in fp32, computed in the kind of its first parameter.
     fn forward(&self, input: &Tensor, pass: &mut Pass<'_>) -> Tensor;
 
@@ -69,6 +75,9 @@ pub struct Pass<'a> {
     pub mode: Mode,
     /// The class of each sample, (n) of int64, where the model is conditional.
     pub classes: Option<&'a Tensor>,
+    /// Number of neighbouring data shards that the samples are of, as many of each. For several, gradients of
+    /// parameters are those of the shards, summed as leaves of a binary tree.
+    pub shards: u32,
     /// Key of the network's own draws. Each pass of a shard gradient has its own.
     pub key: Key,
     /// Buffer updates of this pass, in the order of the buffers; filled in [`Mode::Batch`] only.
@@ -78,7 +87,8 @@ pub struct Pass<'a> {
 impl<'a> Pass<'a> {
     /// Returns a training pass, which fills in the buffer updates.
     pub fn batch(parameters: &'a [Tensor], buffers: &'a [Tensor], key: Key) -> Pass<'a> {
-        Pass { parameters, buffers, mode: Mode::Batch, classes: None, key, statistics: Vec::new() }
+        let (mode, statistics) = (Mode::Batch, Vec::new());
+        Pass { parameters, buffers, mode, classes: None, shards: 1, key, statistics }
     }
 
     /// Returns an inference pass with the buffers as they are.

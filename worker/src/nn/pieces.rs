@@ -66,6 +66,13 @@ pub(super) fn leaky_linear(x: &Tensor, weight: &Tensor, bias: &Tensor, slope: f6
     c10d::aten::leaky_linear(x, weight, bias, slope).expect("a layer's tensors fit its input")
 }
 
+/// Linear layer with a bias and max(x, slope x) of each element, over samples of several data shards
+/// ([`Pass::shards`](super::Pass)).
+pub(super) fn dense(x: &Tensor, weight: &Tensor, bias: &Tensor, slope: f64, shards: u32) -> Tensor {
+    c10d::aten::linear_by_groups(x, weight, Some(bias), slope, shards)
+        .expect("a layer's tensors fit its input")
+}
+
 /// Product of matrices.
 pub(super) fn product(a: &Tensor, b: &Tensor) -> Tensor {
     c10d::aten::product(a, b).expect("the factors fit each other")

@@ -6,7 +6,7 @@
 
 use tch::Tensor;
 
-use super::pieces::{in_single, leaky_linear, linear, product};
+use super::pieces::{dense, in_single, linear, product};
 use super::{Init, Mode, Network, Pass, TensorSpec};
 
 /// Epsilon of batch normalisation, PyTorch's default.
@@ -60,6 +60,14 @@ impl Sequential {
 impl Network for Sequential {
     fn sees_batch(&self) -> bool {
         self.layers.iter().any(|layer| matches!(layer, Layer::BatchNorm { .. }))
+    }
+
+    fn sums_by_shards(&self, samples: usize) -> bool {
+        self.layers.iter().all(|layer| match *layer {
+            Layer::Linear { inputs, outputs } => c10d::aten::sums_by_groups(samples, [outputs, inputs]),
+            Layer::LeakyRelu { .. } | Layer::Relu | Layer::Tanh | Layer::Reshape(_) => true,
+            Layer::Conv { .. } | Layer::ConvTranspose { .. } | Layer::BatchNorm { .. } => false,
+        })
     }
 
     fn parameters(&self) -> Vec<TensorSpec> {
@@ -122,8 +130,8 @@ impl Network for Sequential {
             x = match layer {
                 Layer::Linear { .. } => {
                     match layers.next_if(|next| matches!(next, Layer::LeakyRelu { .. })) {
-                        Some(Layer::LeakyRelu { slope }) => leaky_linear(&x, next(), next(), *slope),
-                        _ => linear(&x, next(), Some(next())),
+                        Some(Layer::LeakyRelu { slope }) => dense(&x, next(), next(), *slope, pass.shards),
+                        _ => dense(&x, next(), next(), 1.0, pass.shards),
                     }
                 }
                 Layer::Conv { kernel, stride, padding, .. } => {

@@ -21,6 +21,7 @@ pub(crate) mod transformer;
 pub mod vae;
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use ganglion_proto::job::{Family, Job};
@@ -85,6 +86,35 @@ pub struct ShardAt {
     pub step: u64,
     /// The data shard.
     pub shard: u32,
+}
+
+/// Coordinates of the gradients of neighbouring data shards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardsAt {
+    /// The phase.
+    pub phase: Phase,
+    /// Number of steps done before.
+    pub step: u64,
+    /// The data shards, at least one.
+    pub shards: Range<u32>,
+}
+
+impl ShardsAt {
+    /// Number of the shards.
+    pub fn count(&self) -> u32 {
+        self.shards.end - self.shards.start
+    }
+
+    /// The first shard.
+    pub fn first(&self) -> ShardAt {
+        ShardAt { phase: self.phase, step: self.step, shard: self.shards.start }
+    }
+
+    /// Each of the shards, in order.
+    pub fn each(&self) -> impl Iterator<Item = ShardAt> + use<> {
+        let ShardsAt { phase, step, ref shards } = *self;
+        shards.clone().map(move |shard| ShardAt { phase, step, shard })
+    }
 }
 
 /// A setting that a schedule or a controller moves over a run. Rows of metrics report it as `setting_NAME`.
@@ -264,6 +294,27 @@ pub trait Compute {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error>;
+
+    /// Largest number of neighbouring shards whose gradients in a phase [`Compute::gradients`] sums in one pass.
+    fn most_together(&self, _phase: Phase) -> u32 {
+        1
+    }
+
+    /// Fills `out` with the contributions of neighbouring shards to a phase, at most
+    /// [`most_together`](Compute::most_together): with the bits of [`Compute::gradient`]'s for each, summed as
+    /// leaves of a binary tree from left to right. `batch` holds the samples of all of them, in order.
+    ///
+    /// # Errors
+    /// libtorch refused.
+    fn gradients(
+        &mut self,
+        _at: &ShardsAt,
+        _state: &State,
+        _batch: Option<&ShardBatch>,
+        _out: &mut ShardGrad,
+    ) -> Result<(), c10d::Error> {
+        unreachable!("several shards are never computed together by default")
+    }
 
     /// Whether a part of the next step's first gradient can be computed while the gradients of a step's
     /// last phase are summed. The update under way must not change that part.

@@ -4,8 +4,8 @@
 //! for a group, combines the sums of all ranks; whatever the number of ranks, the result has the same bits.
 //! Only a job that asks for the backend's own all-reduce gets bits that depend on it.
 //!
-//! A reduce is a straight line: [`begin`](AllReduce::begin), then for each shard
-//! [`buffer`](AllReduce::buffer) and [`add`](AllReduce::add), then [`send`](AllReduce::send), then
+//! A reduce is a straight line: [`begin`](AllReduce::begin), then for each shard, or for the sum over
+//! several, [`buffer`](AllReduce::buffer) and [`add`](AllReduce::add), then [`send`](AllReduce::send), then
 //! [`wait`](AllReduce::wait). Between the last two there is time for other work.
 //!
 //! 1. A rank sends its chunk of the mean only after it committed the phase before (the call order ensures
@@ -279,10 +279,10 @@ impl AllReduce {
         ShardGrad::over(layout, self.free.pop_if(|_| len >= LARGE).unwrap_or_else(new), len)
     }
 
-    /// Adds the gradient of a shard of this rank. Shards come in order.
-    pub fn add(&mut self, shard: u32, grad: ShardGrad) {
+    /// Adds the gradient of a shard of this rank, or of all those under a node. They come in order.
+    pub fn add(&mut self, node: Node, grad: ShardGrad) {
         // In order, as the tree adds a neighbour as soon as it is there.
-        self.reduces[self.at].sum.push(Node::leaf(shard), grad);
+        self.reduces[self.at].sum.push(node, grad);
     }
 
     /// Sends the sums of this rank's gradients to the other ranks.

@@ -133,7 +133,7 @@ fn reduce(
     for shard in all_reduce.peers.shards.own() {
         let grad = all_reduce.buffer(layout);
         fill(shard, &grad.flat);
-        all_reduce.add(shard, grad);
+        all_reduce.add(Node::leaf(shard), grad);
     }
     all_reduce.send(header)?;
     all_reduce.wait(&mut laps)
@@ -355,7 +355,7 @@ fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
                 for tensor in grad.gradients.iter_mut().chain(&mut grad.scalars) {
                     let _ = no_grad(|| tensor.fill_(value));
                 }
-                all_reduce.add(shard, grad);
+                all_reduce.add(Node::leaf(shard), grad);
             }
             all_reduce.send(Header::default()).unwrap();
             let reduced = all_reduce.wait(&mut laps).unwrap();

@@ -84,6 +84,22 @@ pub fn cover(range: Range<u32>, leaves: u32) -> Vec<Node> {
     nodes
 }
 
+/// Splits a range of leaves into nodes of at most `most` leaves, the largest that there are, in order.
+pub fn nodes_of(range: Range<u32>, leaves: u32, most: u32) -> Vec<Node> {
+    let mut nodes = Vec::new();
+    // The first in order is the last one here.
+    let mut rest = cover(range, leaves);
+    rest.reverse();
+    while let Some(node) = rest.pop() {
+        match node.leaves(leaves).len() {
+            0 => {}
+            count if count <= most.max(1) as usize => nodes.push(node),
+            _ => rest.extend(node.children().into_iter().rev()),
+        }
+    }
+    nodes
+}
+
 /// Term of a [`TreeSum`].
 pub trait Summand {
     /// Adds the right neighbour in place, element by element.
@@ -200,6 +216,20 @@ mod tests {
         sum
     }
 
+    /// Sum over nodes of at most `most` leaves, each of which was summed as a tree of its own.
+    fn by_nodes(leaves: &[f32], most: u32) -> f32 {
+        let count = u32::try_from(leaves.len()).unwrap();
+        let mut root = TreeSum::new(count);
+        for node in nodes_of(0..count, count, most) {
+            let under = node.leaves(count);
+            let mut own = TreeSum::new(u32::try_from(under.len()).unwrap());
+            (0..).zip(under).for_each(|(at, leaf)| own.push(Node::leaf(at), leaves[leaf as usize]));
+            let [(_, sum)] = own.take()[..] else { panic!("one sum is left") };
+            root.push(node, sum);
+        }
+        root.take()[0].1
+    }
+
     /// Values whose sums depend on the order: all magnitudes, both zeros, denormals.
     fn awkward() -> impl Strategy<Value = f32> {
         prop_oneof![
@@ -220,6 +250,8 @@ mod tests {
             let count = u32::try_from(leaves.len()).unwrap();
             for world_size in 1..=count {
                 prop_assert_eq!(reduced(&leaves, world_size).to_bits(), expected);
+                let most = world_size;
+                prop_assert_eq!(by_nodes(&leaves, most).to_bits(), expected);
             }
         }
     }
@@ -235,6 +267,12 @@ mod tests {
                     assert_eq!(covered, (start..end).collect::<Vec<_>>());
                     for level in 0..8 {
                         assert!(nodes.iter().filter(|node| node.level == level).count() <= 2);
+                    }
+                    for most in [1, 2, 3, 8] {
+                        let nodes = nodes_of(start..end, leaves, most);
+                        assert!(nodes.iter().all(|node| node.leaves(leaves).len() <= most as usize));
+                        let covered = nodes.iter().flat_map(|node| node.leaves(leaves));
+                        assert!(covered.eq(start..end), "{nodes:?}");
                     }
                 }
             }

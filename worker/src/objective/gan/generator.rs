@@ -13,14 +13,8 @@ impl Gan {
     /// Generates the samples for a shard gradient. Under `no_grad` they cannot begin a generator's
     /// gradient. `real` are the shard's real samples, for a pairwise objective.
     pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
-        // The generator's phase takes the samples of the last discriminator phase.
-        let last = self.job.loss.discriminator_steps.saturating_sub(1);
-        let phase = Phase { index: at.phase.index.min(last), ..at.phase };
-        let key = |purpose| self.key(ShardAt { phase, ..at }, purpose);
-        let latent = signed(self.models.latent_dim);
-        // Drawn on the CPU, also for a GPU: the same bits on both (D2).
-        let noise = key(Purpose::Noise).normal(self.shard_batch() * self.models.latent_dim);
-        let noise = noise.view([-1, latent]).to_device(self.device);
+        let key = |purpose| self.key(self.drawn_at(at), purpose);
+        let noise = self.noise(at);
         // From a key of their own, so that the noise is the same with and without classes.
         let classes = (self.models.classes > 0).then(|| self.classes(key(Purpose::Classes), real));
         let (parameters, buffers) = (state.trainable(GENERATOR), state.buffers(GENERATOR));
@@ -28,7 +22,22 @@ impl Gan {
         let mut pass = pass.of(classes.as_ref());
         let fake = self.models.generator.forward(&noise, &mut pass);
         let statistics = pass.statistics;
-        FakeBatch { shard: at.shard, fake, classes, statistics }
+        FakeBatch { shards: at.shard..at.shard + 1, fake, classes, statistics }
+    }
+
+    /// Noise of the samples generated for a shard gradient, (b, `latent_dim`).
+    pub(super) fn noise(&self, at: ShardAt) -> Tensor {
+        let latent = signed(self.models.latent_dim);
+        // Drawn on the CPU, also for a GPU: the same bits on both (D2).
+        let key = self.key(self.drawn_at(at), Purpose::Noise);
+        key.normal(self.shard_batch() * self.models.latent_dim).view([-1, latent]).to_device(self.device)
+    }
+
+    /// Coordinates by which the samples of a shard gradient are drawn.
+    fn drawn_at(&self, at: ShardAt) -> ShardAt {
+        // The generator's phase takes the samples of the last discriminator phase.
+        let last = self.job.loss.discriminator_steps.saturating_sub(1);
+        ShardAt { phase: Phase { index: at.phase.index.min(last), ..at.phase }, ..at }
     }
 
     /// Classes of the generated samples: those of the real samples that they are paired with, or else drawn

@@ -15,8 +15,10 @@ mod generator;
 pub mod loss;
 mod penalties;
 pub(crate) mod schedule;
+mod together;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use c10d::aten::{add_all, copy_all};
@@ -29,7 +31,7 @@ use self::augment::{Probability, augment};
 use self::schedule::{AUGMENTATION, Schedule};
 use super::{
     Compute, NamedNetwork, NetworkId, Objective, Optimizer, Phase, Reads, ScalarRole, ScalarSpec, Setting,
-    ShardAt, ShardBatch, ShardGrad, Unsuitable, images_of, optimizer,
+    ShardAt, ShardBatch, ShardGrad, ShardsAt, Unsuitable, images_of, optimizer,
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
@@ -57,7 +59,7 @@ const SIGNS: i64 = 3;
 /// from the discriminator's phase to the generator's. Those of other shards are drawn again. A larger
 /// number takes more memory.
 // A graph of a shard is many times as large as its samples.
-const KEPT: usize = 8;
+const KEPT: u32 = 8;
 
 type Scores = [Option<Tensor>; SCORES];
 
@@ -83,10 +85,10 @@ pub struct Point<'a> {
     pub state: &'a State,
 }
 
-/// Generated samples of a data shard, with the graph for a backward pass.
+/// Generated samples of neighbouring data shards, with the graph for a backward pass.
 pub struct FakeBatch {
-    /// The data shard.
-    pub shard: u32,
+    /// The data shards, whose samples lie one after the other.
+    pub shards: Range<u32>,
     fake: Tensor,
     /// Classes of the samples, where the model is conditional.
     classes: Option<Tensor>,
@@ -337,16 +339,41 @@ impl Compute for Course<'_> {
         let Some(real) = batch.filter(|_| at.phase.updates.contains(DISCRIMINATOR)) else {
             // Kept in the discriminator's last phase; else drawn again, with the same key and so the
             // same bits.
-            let kept = drawn.iter().position(|drawn| drawn.shard == at.shard);
-            let fake = kept.map_or_else(draw, |kept| drawn.swap_remove(kept));
+            let fake = taken(drawn, &(at.shard..at.shard + 1)).unwrap_or_else(draw);
             return gan.compute(at, state, Input::Fake(fake, batch), out);
         };
         // Only kept samples need a graph: the discriminator's gradient detaches them.
-        let keep = gan.serves_generator(at.phase) && drawn.len() < KEPT;
+        let keep = gan.serves_generator(at.phase) && has_room(drawn, 1);
         let fake = if keep { draw() } else { no_grad(draw) };
         // Only for exactly this phase: after a regroup it is of no use.
         let of_real = ahead.take_if(|(of, _)| *of == at).map(|(_, part)| part);
         gan.compute(at, state, Input::Samples(real, of_real, &fake), out)?;
+        if keep {
+            drawn.push(fake);
+        }
+        Ok(())
+    }
+
+    fn most_together(&self, _phase: Phase) -> u32 {
+        if self.gan.takes_shards_together() { KEPT } else { 1 }
+    }
+
+    fn gradients(
+        &mut self,
+        at: &ShardsAt,
+        state: &State,
+        batch: Option<&ShardBatch>,
+        out: &mut ShardGrad,
+    ) -> Result<(), c10d::Error> {
+        let Course { gan, drawn, .. } = self;
+        let draw = || gan.draw_together(at, state);
+        let Some(real) = batch else {
+            let fake = taken(drawn, &at.shards).unwrap_or_else(draw);
+            return gan.generator_together(at, state, &fake, out);
+        };
+        let keep = gan.serves_generator(at.phase) && has_room(drawn, at.count());
+        let fake = if keep { draw() } else { no_grad(draw) };
+        gan.discriminator_together(at, state, (real, &fake), out)?;
         if keep {
             drawn.push(fake);
         }
@@ -464,6 +491,18 @@ impl Gan {
     pub(super) fn shard_batch(&self) -> usize {
         self.job.job.shard_batch as usize
     }
+}
+
+/// Takes the samples of exactly these shards, if they were kept.
+fn taken(drawn: &mut Vec<FakeBatch>, shards: &Range<u32>) -> Option<FakeBatch> {
+    let kept = drawn.iter().position(|drawn| drawn.shards == *shards)?;
+    Some(drawn.swap_remove(kept))
+}
+
+/// Whether the samples of so many more shards may be kept.
+fn has_room(drawn: &[FakeBatch], shards: u32) -> bool {
+    let kept: usize = drawn.iter().map(|drawn| drawn.shards.len()).sum();
+    kept + shards as usize <= KEPT as usize
 }
 
 /// Returns a part with the gradient of its loss.

@@ -1,0 +1,100 @@
+//! Passes over several data shards, and the proof that they may be made.
+//!
+//! A pass over neighbouring shards gives the sum of their gradients in less time than one for each. It has to have the
+//! same bits as the shards' own gradients, added up as the tree adds them, and libraries do not promise that. So the
+//! first pass over a number of shards in a phase is held against them, on the data of the run, and their sum is what
+//! is used; where a bit differs, no other such pass is made. Members of a group may so decide differently: it changes
+//! no bit.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use tch::{Device, Kind, Tensor};
+
+use super::reduce::tree::{Node, TreeSum};
+use crate::objective::{Compute, GradLayout, Phase, ShardAt, ShardBatch, ShardGrad, ShardsAt};
+use crate::state::{State, narrow};
+
+/// Whether passes over so many shards of a phase, by its index, have the bits of the shards' own gradients.
+#[derive(Debug, Default)]
+pub(crate) struct Together(Mutex<BTreeMap<(u32, u32), bool>>);
+
+/// What a gradient is computed from, and where.
+pub(super) struct Inputs<'a> {
+    /// The state.
+    pub state: &'a State,
+    /// The samples of some neighbouring shards, where the phase reads any.
+    pub samples: &'a dyn Fn(&ShardsAt) -> Option<ShardBatch>,
+    /// Layout of the gradient.
+    pub layout: &'a GradLayout,
+    /// The device.
+    pub device: Device,
+}
+
+impl Together {
+    /// Largest number of shards of one pass, of those that an objective takes together.
+    pub(super) fn most(&self, phase: Phase, wanted: u32) -> u32 {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_refuted = known.iter().any(|((of, _), is_same)| *of == phase.index && !is_same);
+        if is_refuted { 1 } else { wanted }
+    }
+
+    /// Computes the sum of the gradients of shards, in buffers that `buffer` returns.
+    ///
+    /// # Errors
+    /// libtorch refused.
+    pub(super) fn sum(
+        &self,
+        at: &ShardsAt,
+        inputs: &Inputs<'_>,
+        compute: &mut dyn Compute,
+        buffer: &mut dyn FnMut() -> ShardGrad,
+    ) -> Result<ShardGrad, c10d::Error> {
+        let key = (at.phase.index, at.count());
+        if at.count() == 1 {
+            return sum_of_each(at, inputs, compute, buffer);
+        }
+        let is_known = self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&key);
+        let samples = (inputs.samples)(at);
+        if is_known {
+            let mut sum = buffer();
+            compute.gradients(at, inputs.state, samples.as_ref(), &mut sum)?;
+            return Ok(sum);
+        }
+        let sum = sum_of_each(at, inputs, compute, buffer)?;
+        let mut other = ShardGrad::new(inputs.layout, inputs.layout.len(), inputs.device);
+        compute.gradients(at, inputs.state, samples.as_ref(), &mut other)?;
+        let is_same = bits(&narrow(&sum.flat, 0..inputs.layout.len())).equal(&bits(&other.flat));
+        if !is_same {
+            tracing::info!(
+                "gradients of {} data shards at once have other bits than one after the other: each is computed alone, \
+                 which takes longer",
+                at.count()
+            );
+        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(key, is_same);
+        Ok(sum)
+    }
+}
+
+/// Computes the gradient of each shard, and adds them up as the tree does.
+fn sum_of_each(
+    at: &ShardsAt,
+    inputs: &Inputs<'_>,
+    compute: &mut dyn Compute,
+    buffer: &mut dyn FnMut() -> ShardGrad,
+) -> Result<ShardGrad, c10d::Error> {
+    let mut tree = TreeSum::new(at.count());
+    for (leaf, ShardAt { shard, .. }) in (0..).zip(at.each()) {
+        let own = ShardsAt { shards: shard..shard + 1, ..at.clone() };
+        let mut gradient = buffer();
+        compute.gradient(own.first(), inputs.state, (inputs.samples)(&own).as_ref(), &mut gradient)?;
+        tree.push(Node::leaf(leaf), gradient);
+    }
+    let (_, sum) = tree.take().pop().expect("all shards are under the root");
+    Ok(sum)
+}
+
+fn bits(flat: &Tensor) -> Tensor {
+    flat.view_dtype(Kind::Int)
+}
