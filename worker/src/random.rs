@@ -2,15 +2,17 @@
 //!
 //! A draw depends on its [`Key`] alone: not on earlier draws, nor on the worker, thread or device that
 //! asks. libtorch's global generators are never used. ChaCha8 is counter-based, so a key costs one hash and
-//! no warm-up.
+//! no warm-up. So draws can be made ahead, by another thread: [`Draws`].
+
+use std::collections::HashMap;
 
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal, Uniform};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Purpose of a draw. The numbers are part of every run's result: never change or reuse one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Purpose {
     /// Initial weights; `phase` is the index of the network, `shard` that of the tensor.
@@ -43,7 +45,7 @@ pub enum Purpose {
 }
 
 /// Key of a draw: its place in the run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Seed of the job.
     pub seed: u64,
@@ -93,6 +95,46 @@ impl Key {
         let mut generator = self.generator();
         let range = Uniform::new(0, below).expect("there is something to choose from");
         (0..count).map(|_| range.sample(&mut generator)).collect()
+    }
+}
+
+/// Draws that were made before they are needed, by their keys. To find them here saves time, and changes no bit: of
+/// each key there is one use in a job, which draws the same now.
+#[derive(Debug, Default)]
+pub struct Draws(HashMap<Key, Vec<Tensor>>);
+
+impl Draws {
+    /// Draws of these keys.
+    pub fn of(made: impl IntoIterator<Item = (Key, Vec<Tensor>)>) -> Draws {
+        Draws(made.into_iter().collect())
+    }
+
+    /// Returns the draws of a key on a device: those that were made, or else what `make` makes on the CPU. The same
+    /// bits on all devices (D2).
+    pub(crate) fn all(&self, key: Key, device: Device, make: impl FnOnce() -> Vec<Tensor>) -> Vec<Tensor> {
+        let there = |tensor: &Tensor| tensor.to_device(device);
+        self.0
+            .get(&key)
+            .map_or_else(|| make().iter().map(there).collect(), |made| made.iter().map(there).collect())
+    }
+
+    /// The same of a key with one tensor.
+    pub(crate) fn get(&self, key: Key, device: Device, make: impl FnOnce() -> Tensor) -> Tensor {
+        self.all(key, device, || vec![make()]).swap_remove(0)
+    }
+
+    /// All tensors, to be replaced by the same on another device.
+    pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.0.values_mut().flatten()
+    }
+
+    /// Adds newer draws, and forgets those of steps before the last one.
+    pub(crate) fn add(&mut self, newer: Draws) {
+        // Those of the step under way are in use while the next one's come.
+        if let Some(step) = newer.0.keys().map(|key| key.step).max() {
+            self.0.retain(|key, _| key.step + 1 >= step);
+        }
+        self.0.extend(newer.0);
     }
 }
 
@@ -212,6 +254,21 @@ mod tests {
         let [none, one] = [0.0f32, 1.0].map(f32::to_bits);
         let pinned = (first, vec![none, one, one, one, one, one, one, none]);
         assert_eq!((drawn, bits(stream.bernoulli(0.5, 8))), pinned);
+    }
+
+    #[test]
+    fn draws_made_ahead_are_kept_for_their_step_and_the_next() {
+        let key = |step| Key { step, ..KEY };
+        let made = |step| Draws::of([(key(step), vec![Tensor::from(step as f32)])]);
+        let mut draws = made(1);
+        draws.add(made(2));
+        let found = |draws: &Draws, step| {
+            draws.get(key(step), Device::Cpu, || Tensor::from(-1.0f32)).double_value(&[])
+        };
+        assert_eq!([1, 2, 3].map(|step| found(&draws, step)), [1.0, 2.0, -1.0]);
+        draws.add(made(3));
+        draws.add(Draws::default());
+        assert_eq!([1, 2, 3].map(|step| found(&draws, step)), [-1.0, 2.0, 3.0]);
     }
 
     const PINNED: [u32; 4] = [0xbf2e_b571, 0xbeaa_a143, 0xbf9a_5bb2, 0xbfa7_c763];

@@ -15,7 +15,7 @@ use ganglion_worker::nn::tensor_bytes::to_bytes;
 use ganglion_worker::objective::gan::loss;
 use ganglion_worker::objective::gan::{DISCRIMINATOR, GENERATOR, Input, Point, phases};
 use ganglion_worker::objective::{Phase, ShardAt, ShardGrad};
-use ganglion_worker::random::{Key, Purpose};
+use ganglion_worker::random::{Draws, Key, Purpose};
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -132,27 +132,26 @@ fn samples_are_the_same_kept_or_drawn_again() {
         let bench = Bench::new(job);
         let leaves = &bench.gan;
         let phases = phases(&bench.job);
-        let spot = |phase| ShardAt { phase, step: 0, shard: 1 };
+        let draws = Draws::default();
+        let spot =
+            |phase| Point { at: ShardAt { phase, step: 0, shard: 1 }, state: &bench.state, draws: &draws };
         let leaf = |phase: Phase, input: Input<'_>| {
             let layout = bench.model.gradient(phase);
             let mut out = ShardGrad::new(layout, layout.len(), Device::Cpu);
-            leaves.compute(spot(phase), &bench.state, input, &mut out).unwrap();
+            leaves.compute(spot(phase), input, &mut out).unwrap();
             bits(&out.flat)
         };
         let real = bench.real();
-        let kept = leaves.draw(spot(phases[1]), &bench.state, Some(&real));
-        let drawn = no_grad(|| leaves.draw(spot(phases[1]), &bench.state, Some(&real)));
+        let kept = leaves.draw(spot(phases[1]), Some(&real));
+        let drawn = no_grad(|| leaves.draw(spot(phases[1]), Some(&real)));
         let with_kept = leaf(phases[1], Input::Samples(&real, None, &kept));
         assert!(with_kept == leaf(phases[1], Input::Samples(&real, None, &drawn)), "{kind}, {precision}");
         if leaves.tells_real_apart() {
-            let ahead = leaves.real_part(Point { at: spot(phases[1]), state: &bench.state }, &real).unwrap();
+            let ahead = leaves.real_part(spot(phases[1]), &real).unwrap();
             let with_ahead = leaf(phases[1], Input::Samples(&real, Some(ahead), &drawn));
             assert!(with_ahead == with_kept, "{kind}, {precision}: computed ahead");
         }
-        let again = leaf(
-            phases[2],
-            Input::Fake(leaves.draw(spot(phases[2]), &bench.state, Some(&real)), Some(&real)),
-        );
+        let again = leaf(phases[2], Input::Fake(leaves.draw(spot(phases[2]), Some(&real)), Some(&real)));
         assert!(
             leaf(phases[2], Input::Fake(kept, Some(&real))) == again,
             "{kind}, {precision}: the generator's"

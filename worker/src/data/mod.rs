@@ -45,7 +45,7 @@ use std::path::Path;
 pub use self::data_set::DataSet;
 pub use self::error::DataError;
 pub(crate) use self::folder::read_picture;
-pub use self::prefetch::{Batch, Plan, Prefetcher, Upload};
+pub use self::prefetch::{Batch, Beside, Draw, Plan, Prefetcher, Upload};
 pub use self::shape::{ImageShape, SampleShape, TokenShape};
 pub use self::text::{Text, TextCodec};
 pub use self::values::Values;

@@ -17,10 +17,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ganglion_proto::stream::{Change, SampleStream, StreamShape, ledger_term};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::values::{SampleMut, Values};
 use super::{DataError, DataSet};
+use crate::random::{Draws, Key};
+
+/// Words on which each of several tensors in one piece begins: 64 bytes.
+const ALIGNMENT: usize = 16;
 
 /// Range of batches to read ahead: of all phases that read new samples, from (`first_step`, `first_phase`)
 /// up to step `end_step`, exclusive.
@@ -73,12 +77,26 @@ pub struct Batch {
     pub labels: Vec<i64>,
     /// Pixels of images on the training device, if they were uploaded.
     pub uploaded: Option<Tensor>,
+    /// Draws that were made ahead, on the training device.
+    pub draws: Draws,
     /// Sample checksum: the sum mod 2^64 of [`ledger_term`] over the samples that were read.
     pub ledger: u64,
 }
 
-/// Function that copies pixels to the training device, on the reading thread.
+/// Function that copies words of 4 bytes to the training device, as a flat tensor of f32.
 pub type Upload = Box<dyn FnMut(&[f32]) -> Result<Tensor, c10d::Error> + Send>;
+
+/// Function from a step, and a phase of those that read new samples, to draws of it and of the phases up to the next.
+pub type Draw = Box<dyn Fn(u64, u32) -> Vec<(Key, Vec<Tensor>)> + Send>;
+
+/// Work of the reading thread beside reading.
+#[derive(Default)]
+pub struct Beside {
+    /// Makes draws ahead.
+    pub draw: Option<Draw>,
+    /// Copies pixels and draws.
+    pub upload: Option<Upload>,
+}
 
 /// Reader of batches ahead of the training loop.
 #[derive(Debug)]
@@ -98,14 +116,14 @@ impl Prefetcher {
     /// # Panics
     /// If the plan's shards are not among its `data_shards`, or the system cannot start a thread.
     pub fn start(dataset: Arc<DataSet>, plan: Plan) -> Prefetcher {
-        Prefetcher::start_with(dataset, plan, None)
+        Prefetcher::start_with(dataset, plan, Beside::default())
     }
 
-    /// The same, with an upload of each batch.
+    /// The same, with other work for each batch.
     ///
     /// # Panics
     /// As [`start`](Prefetcher::start).
-    pub fn start_with(dataset: Arc<DataSet>, plan: Plan, upload: Option<Upload>) -> Prefetcher {
+    pub fn start_with(dataset: Arc<DataSet>, plan: Plan, beside: Beside) -> Prefetcher {
         // A shard beyond would read another shard's samples (D2).
         assert!(plan.shards.end <= plan.data_shards, "shards {:?} of {}", plan.shards, plan.data_shards);
         // The bounded channel is the limit on memory: a full one blocks the reading thread.
@@ -114,7 +132,7 @@ impl Prefetcher {
         let stop = Arc::new(AtomicBool::new(false));
         // On the caller's side, so that a wrong plan panics where it was made.
         let stream = SampleStream::with_changes(plan.seed, dataset.len() as u64, &plan.changes);
-        let reader = Reader { dataset, plan, stream, upload, filled, reusable, stop: Arc::clone(&stop) };
+        let reader = Reader { dataset, plan, stream, beside, filled, reusable, stop: Arc::clone(&stop) };
         let thread = thread::Builder::new()
             .name("prefetch".to_owned())
             .spawn(move || reader.run())
@@ -201,7 +219,7 @@ struct Reader {
     dataset: Arc<DataSet>,
     plan: Plan,
     stream: SampleStream,
-    upload: Option<Upload>,
+    beside: Beside,
     filled: SyncSender<Result<Batch, DataError>>,
     reusable: Receiver<Values>,
     stop: Arc<AtomicBool>,
@@ -250,13 +268,14 @@ impl Reader {
         if !self.read_all(wanted)? {
             return Ok(None);
         }
+        let mut draws = Draws::of(self.beside.draw.iter().flat_map(|draw| draw(step, phase)));
         // On this thread and on a stream of its own, while the training thread computes.
-        let uploaded = match (&values, &mut self.upload) {
-            (Values::Pixels(pixels), Some(upload)) => upload(pixels).map(Some),
-            _ => Ok(None),
+        let uploaded = match &mut self.beside.upload {
+            Some(upload) => uploaded(&mut values, &mut draws, upload),
+            None => Ok(None),
         };
         let uploaded = uploaded.map_err(|error| DataError::Upload(error.to_string()))?;
-        Ok(Some(Batch { step, phase, values, labels, uploaded, ledger }))
+        Ok(Some(Batch { step, phase, values, labels, uploaded, draws, ledger }))
     }
 
     /// Reads samples into their places, on several threads where they have to be decoded; returns false
@@ -292,6 +311,44 @@ impl Reader {
             parts.collect::<Result<Vec<bool>, _>>().map(|parts| parts.into_iter().all(|whole| whole))
         })
     }
+}
+
+/// Copies pixels of images and draws to the training device in one piece; returns the pixels.
+fn uploaded(
+    values: &mut Values,
+    draws: &mut Draws,
+    upload: &mut Upload,
+) -> Result<Option<Tensor>, c10d::Error> {
+    let mut alone = Vec::new();
+    // Tokens and arrays go with each shard.
+    let words = match values {
+        Values::Pixels(pixels) => pixels,
+        Values::Tokens(_) | Values::Arrays(_) => &mut alone,
+    };
+    let pixels = words.len();
+    let mut places = Vec::new();
+    for tensor in draws.tensors_mut() {
+        // Where a tensor of any kind may begin.
+        words.resize(words.len().next_multiple_of(ALIGNMENT), 0.0);
+        let own =
+            Vec::<f32>::try_from(tensor.flatten(0, -1).view_dtype(Kind::Float)).expect("words on the CPU");
+        places.push((words.len(), own.len()));
+        words.extend(own);
+    }
+    if words.is_empty() {
+        return Ok(None);
+    }
+    let there = upload(words);
+    words.truncate(pixels);
+    let there = there?;
+    let part = |begin: usize, len: usize| {
+        let [begin, len] = [begin, len].map(|n| i64::try_from(n).expect("a batch is in memory"));
+        there.narrow(0, begin, len)
+    };
+    for (tensor, (begin, len)) in draws.tensors_mut().zip(places) {
+        *tensor = part(begin, len).view_dtype(tensor.kind()).view(tensor.size().as_slice());
+    }
+    Ok((pixels > 0).then(|| part(0, pixels)))
 }
 
 /// Number of decoding threads of one worker: it shares its machine with others, and with its own training.

@@ -1,5 +1,6 @@
 //! The loop: update by update, until the job or the group ends.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use ganglion_membership::member::{Event, Schedule};
@@ -18,13 +19,16 @@ use super::reduce::{Header, Reduced};
 use super::report::Pace;
 use super::together::Inputs;
 use super::trainer::{Held, Trainer};
-use crate::data::{Batch, DataError, Plan, Prefetcher};
+use crate::data::{Batch, Beside, DataError, Draw, Plan, Prefetcher};
 use crate::device;
 use crate::objective::{Compute, Phase, Reads, Samples, ShardAt, ShardBatch, ShardsAt};
 use crate::session::Work;
 
 /// Number of batches read ahead.
 const READ_AHEAD: usize = 4;
+
+/// Largest number of draws that are made ahead for a batch: they wait in memory.
+const MOST_AHEAD: usize = 1 << 22;
 
 /// Loop state of one generation.
 pub(super) struct Course<'a> {
@@ -274,7 +278,7 @@ impl Trainer {
             return Ok(());
         }
         let Some(batch) = course.batches.try_next() else { return Ok(()) };
-        let samples = self.samples_of(batch);
+        let samples = self.samples_of(batch, &mut *course.compute);
         let step = self.model.steps(held.state.counters.position) + 1;
         let at = ShardAt { phase: self.model.phases()[0], step, shard };
         let own = ShardsAt { phase: at.phase, step, shards: shard..shard + 1 };
@@ -304,7 +308,28 @@ impl Trainer {
             depth: READ_AHEAD,
             changes: self.data.changes(&self.job),
         };
-        Prefetcher::start_with(self.data.clone(), plan, device::upload(self.device))
+        let draw = self.draws_ahead(team.shards().own());
+        let beside = Beside { draw: Some(draw), upload: device::upload(self.device) };
+        Prefetcher::start_with(self.data.clone(), plan, beside)
+    }
+
+    /// Returns a function from a step and a batch of it to the draws of the phase that reads the batch, and of those
+    /// up to the next.
+    fn draws_ahead(&self, shards: Range<u32>) -> Draw {
+        let model = self.model.clone();
+        Box::new(move |step, batch| {
+            let phases = model.phases().iter().copied();
+            let own = phases.filter(|phase| phase.runs_in(step) && model.newest_batch(*phase) == batch);
+            let at = own.flat_map(|phase| shards.clone().map(move |shard| ShardAt { phase, step, shard }));
+            let mut numbers = 0;
+            let draws = at.flat_map(|at| model.objective.draws(at));
+            // What is left out is drawn when it is needed.
+            let few = draws.take_while(|(_, tensors)| {
+                numbers += tensors.iter().map(Tensor::numel).sum::<usize>();
+                numbers <= MOST_AHEAD
+            });
+            few.collect()
+        })
     }
 
     /// Returns the samples of a phase, if it reads any.
@@ -317,7 +342,10 @@ impl Trainer {
         match known {
             Some(samples) => Ok(Some(samples)),
             // This also reads the same samples again, for a group that begins in the middle of a step.
-            None => Ok(Some(self.samples_of(self.next_batch(&mut course.batches)?))),
+            None => {
+                let batch = self.next_batch(&mut course.batches)?;
+                Ok(Some(self.samples_of(batch, &mut *course.compute)))
+            }
         }
     }
 
@@ -349,8 +377,9 @@ impl Trainer {
         batches.next()
     }
 
-    /// Returns a batch's samples by shard.
-    fn samples_of(&self, batch: Batch) -> Loaded {
+    /// Returns a batch's samples by shard; `compute` gets the draws that came with it.
+    fn samples_of(&self, mut batch: Batch, compute: &mut dyn Compute) -> Loaded {
+        compute.keep(std::mem::take(&mut batch.draws));
         let of_shard = [-1, i64::from(self.job.job.shard_batch)];
         let samples = match &batch.uploaded {
             Some(uploaded) => Samples::of_pixels(uploaded, self.data.shape(), &of_shard),

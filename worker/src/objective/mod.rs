@@ -35,7 +35,7 @@ pub use self::shard_grad::{BufferRun, GradLayout, ScalarRole, ScalarSpec, ShardG
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
 use crate::nn::TensorSpec;
-use crate::random::Key;
+use crate::random::{Draws, Key};
 use crate::sampling::{Sampler, TextSampler};
 use crate::state::StateLayout;
 pub use crate::state::{BufferId, NamedNetwork, NetworkId, NetworkSet, State};
@@ -200,6 +200,12 @@ pub trait Objective: Send + Sync {
         1
     }
 
+    /// Draws of a shard gradient that can be made ahead, by their keys, on the CPU: [`Compute::keep`] may get them.
+    /// None by default, and where they take much memory.
+    fn draws(&self, _at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
+        Vec::new()
+    }
+
     /// Returns a computation with nothing kept yet.
     fn begin(&self) -> Box<dyn Compute + '_>;
 
@@ -294,6 +300,11 @@ pub trait Compute {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error>;
+
+    /// Takes draws of phases to come, which [`Objective::draws`] made, on the device.
+    fn keep(&mut self, _draws: Draws) {
+        // What is not kept is drawn when it is needed.
+    }
 
     /// Largest number of neighbouring shards whose gradients in a phase [`Compute::gradients`] sums in one pass.
     fn most_together(&self, _phase: Phase) -> u32 {

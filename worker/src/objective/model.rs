@@ -281,6 +281,11 @@ impl Model {
         if phase.reads == Reads::Same { before.saturating_sub(1) } else { before }
     }
 
+    /// Place of the newest batch that a step has read once a phase has its samples.
+    pub fn newest_batch(&self, phase: Phase) -> u32 {
+        self.batches_before(phase.index + 1).saturating_sub(1)
+    }
+
     fn batches_before(&self, index: u32) -> u32 {
         u32::try_from(self.shape.batches_of(index.into())).expect("a step has few phases")
     }

@@ -15,9 +15,9 @@ use ganglion_storage::{Storage, in_folder};
 use ganglion_worker::checkpoint::{Files, Fingerprints, Snapshot, file_count};
 use ganglion_worker::data::ImageShape;
 use ganglion_worker::nn::Models;
-use ganglion_worker::objective::gan::{DISCRIMINATOR, Gan, Input};
+use ganglion_worker::objective::gan::{DISCRIMINATOR, Gan, Input, Point};
 use ganglion_worker::objective::{Model as Objective, Phase, ShardAt, ShardBatch, ShardGrad};
-use ganglion_worker::random::{Key, Purpose};
+use ganglion_worker::random::{Draws, Key, Purpose};
 use ganglion_worker::state::{State, StateLayout};
 use tch::{Device, Kind, Tensor};
 
@@ -140,13 +140,15 @@ impl Bench {
         let mut leaf = ShardGrad::new(layout, layout.len(), Device::Cpu);
         let real = self.real();
         let spot = ShardAt { phase, step: 0, shard };
-        let drawn = self.gan.draw(spot, &self.state, Some(&real));
+        let draws = Draws::default();
+        let point = Point { at: spot, state: &self.state, draws: &draws };
+        let drawn = self.gan.draw(point, Some(&real));
         let input = if phase.updates.contains(DISCRIMINATOR) {
             Input::Samples(&real, None, &drawn)
         } else {
             Input::Fake(drawn, Some(&real))
         };
-        self.gan.compute(spot, &self.state, input, &mut leaf).unwrap();
+        self.gan.compute(point, input, &mut leaf).unwrap();
         leaf
     }
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use ganglion_proto::stream::{SampleStream, StreamShape, ledger_term};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::*;
+use crate::random::{Key, Purpose};
 
 /// Seven samples of one pixel, sample i with byte i.
 fn seven() -> Arc<DataSet> {
@@ -78,10 +79,25 @@ fn what_is_read_is_uploaded_and_a_failure_of_that_ends_the_batches() {
         left -= 1;
         if left < 0 { Err(c10d::Error::Fatal("full".to_string())) } else { Ok(Tensor::from_slice(pixels)) }
     };
-    let mut prefetcher = Prefetcher::start_with(seven(), plan(), Some(Box::new(upload)));
+    let key = |step, phase| Key { seed: 1, step, phase, shard: 0, purpose: Purpose::Noise };
+    let draws = |step, phase| {
+        vec![
+            Tensor::from_slice(&[step as f32, 0.5, -0.0]),
+            Tensor::from_slice(&[i64::MIN, -1, 7]),
+            Tensor::from_slice(&[phase as f32, 2.0, 3.0, 4.0]).view([2, 2]),
+        ]
+    };
+    let draw = move |step, phase| vec![(key(step, phase), draws(step, phase))];
+    let beside = Beside { draw: Some(Box::new(draw)), upload: Some(Box::new(upload)) };
+    let mut prefetcher = Prefetcher::start_with(seven(), plan(), beside);
     for _ in 0..2 {
         let batch = prefetcher.next().unwrap();
         assert_eq!(Vec::<f32>::try_from(batch.uploaded.as_ref().unwrap()).unwrap(), batch.values.pixels());
+        let found = batch.draws.all(key(batch.step, batch.phase), Device::Cpu, || panic!("it was made"));
+        let wanted = draws(batch.step, batch.phase);
+        assert!(
+            found.len() == 3 && found.iter().zip(&wanted).all(|(a, b)| a.equal(b) && a.size() == b.size())
+        );
         prefetcher.recycle(batch);
     }
     assert!(matches!(prefetcher.next(), Err(DataError::Upload(detail)) if detail.contains("full")));

@@ -15,7 +15,7 @@ impl Gan {
         let kind = self.job.loss.kind;
         let parameters = point.state.trainable(DISCRIMINATOR);
         let mut pass = self.look(point, PassId::Real, parameters).of(real.classes.as_ref());
-        let logits = self.seen(point, PassId::Real, &self.mirrored(point.at, real), &mut pass);
+        let logits = self.seen(point, PassId::Real, &self.mirrored(point, real), &mut pass);
         let scores = [Some(loss::score(kind, &logits)), None, self.signs(&logits)];
         // Committed as the first of the phase's two passes.
         part(loss::on_real(kind, &logits), scores, parameters, pass.statistics)
@@ -61,7 +61,7 @@ impl Gan {
         };
         // A weight of 0 is also that of a phase in between (`penalty_factor`).
         if r1 > 0.0 && !shares {
-            let samples = (&self.mirrored(point.at, real), real.classes.as_ref());
+            let samples = (&self.mirrored(point, real), real.classes.as_ref());
             parts.push(self.zero_centred(point, PassId::Real, r1, samples)?);
         }
         if r2 > 0.0 && !shares {
@@ -85,7 +85,7 @@ impl Gan {
     ) -> Result<GradPart, c10d::Error> {
         let kind = self.job.loss.kind;
         let parameters = point.state.trainable(DISCRIMINATOR);
-        let mut images = [self.mirrored(point.at, real), drawn.fake.detach()];
+        let mut images = [self.mirrored(point, real), drawn.fake.detach()];
         if penalties.is_some() {
             // Leaves, by which the penalties differentiate.
             images = images.map(|images| images.detach().set_requires_grad(true));

@@ -6,17 +6,17 @@ use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, PassId, Point, o
 use crate::nn::Pass;
 use crate::objective::gan::loss;
 use crate::objective::{Phase, ShardAt, ShardBatch};
-use crate::random::{Key, Purpose};
-use crate::state::State;
+use crate::random::{Draws, Key, Purpose};
 
 impl Gan {
     /// Generates the samples for a shard gradient. Under `no_grad` they cannot begin a generator's
     /// gradient. `real` are the shard's real samples, for a pairwise objective.
-    pub fn draw(&self, at: ShardAt, state: &State, real: Option<&ShardBatch>) -> FakeBatch {
+    pub fn draw(&self, point: Point<'_>, real: Option<&ShardBatch>) -> FakeBatch {
+        let Point { at, state, draws } = point;
         let key = |purpose| self.key(self.drawn_at(at), purpose);
-        let noise = self.noise(at);
+        let noise = self.noise(at, draws);
         // From a key of their own, so that the noise is the same with and without classes.
-        let classes = (self.models.classes > 0).then(|| self.classes(key(Purpose::Classes), real));
+        let classes = (self.models.classes > 0).then(|| self.classes(key(Purpose::Classes), real, draws));
         let (parameters, buffers) = (state.trainable(GENERATOR), state.buffers(GENERATOR));
         let pass = Pass::batch(parameters, buffers, own(key(Purpose::Network), PassId::Drawing));
         let mut pass = pass.of(classes.as_ref());
@@ -26,15 +26,19 @@ impl Gan {
     }
 
     /// Noise of the samples generated for a shard gradient, (b, `latent_dim`).
-    pub(super) fn noise(&self, at: ShardAt) -> Tensor {
-        let latent = signed(self.models.latent_dim);
-        // Drawn on the CPU, also for a GPU: the same bits on both (D2).
+    pub(super) fn noise(&self, at: ShardAt, draws: &Draws) -> Tensor {
         let key = self.key(self.drawn_at(at), Purpose::Noise);
-        key.normal(self.shard_batch() * self.models.latent_dim).view([-1, latent]).to_device(self.device)
+        let noise = draws.get(key, self.device, || self.noise_of(key));
+        noise.view([-1, signed(self.models.latent_dim)])
+    }
+
+    /// Noise of a key, flat.
+    pub(super) fn noise_of(&self, key: Key) -> Tensor {
+        key.normal(self.shard_batch() * self.models.latent_dim)
     }
 
     /// Coordinates by which the samples of a shard gradient are drawn.
-    fn drawn_at(&self, at: ShardAt) -> ShardAt {
+    pub(super) fn drawn_at(&self, at: ShardAt) -> ShardAt {
         // The generator's phase takes the samples of the last discriminator phase.
         let last = self.job.loss.discriminator_steps.saturating_sub(1);
         ShardAt { phase: Phase { index: at.phase.index.min(last), ..at.phase }, ..at }
@@ -42,16 +46,21 @@ impl Gan {
 
     /// Classes of the generated samples: those of the real samples that they are paired with, or else drawn
     /// with the frequencies of the data.
-    pub(super) fn classes(&self, key: Key, real: Option<&ShardBatch>) -> Tensor {
+    fn classes(&self, key: Key, real: Option<&ShardBatch>, draws: &Draws) -> Tensor {
         if let Some(classes) = real.filter(|_| self.pairs()).and_then(|real| real.classes.as_ref()) {
             // Pairs are of one class: Huang et al. (2024) compare a sample with one that could be it.
             return classes.shallow_clone();
         }
+        draws.get(key, self.device, || self.classes_of(key))
+    }
+
+    /// Classes of a key, (b) of int64.
+    pub(super) fn classes_of(&self, key: Key) -> Tensor {
         let below = u32::try_from(self.labels.len()).expect("a data set has fewer than 2^32 samples");
         // By index into the data, which gives the classes their frequencies there.
         let drawn = key.indices(below, self.shard_batch());
         let classes: Vec<i64> = drawn.into_iter().map(|at| i64::from(self.labels[at as usize])).collect();
-        Tensor::from_slice(&classes).to_device(self.device)
+        Tensor::from_slice(&classes)
     }
 
     pub(super) fn generator(
@@ -68,7 +77,7 @@ impl Gan {
         let loss = match real.filter(|_| self.pairs()) {
             Some(real) => {
                 let mut pass = self.look(point, PassId::Real, frozen).of(real.classes.as_ref());
-                let images = self.mirrored(point.at, real);
+                let images = self.mirrored(point, real);
                 // Real samples give the generator no gradient.
                 let real = no_grad(|| self.seen(point, PassId::Real, &images, &mut pass));
                 loss::generator_of_pairs(&real, &fake)

@@ -9,6 +9,7 @@
 //! The scalars of a gradient are the summed loss; in a discriminator's, its outputs for the real samples and
 //! for the generator's, and the signs of the former. Nothing is decided by the outputs.
 
+mod ahead;
 pub(crate) mod augment;
 mod discriminator;
 mod generator;
@@ -36,7 +37,7 @@ use super::{
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
 use crate::nn::{Init, Models, Network, Pass, TensorSpec, first_layers, layers};
-use crate::random::{Key, Purpose};
+use crate::random::{Draws, Key, Purpose};
 use crate::sampling::{CLASS_NAMES, Critic, Generator, Sampler};
 use crate::state::{State, StateLayout};
 
@@ -83,6 +84,8 @@ pub struct Point<'a> {
     pub at: ShardAt,
     /// The state.
     pub state: &'a State,
+    /// Draws that were made ahead.
+    pub draws: &'a Draws,
 }
 
 /// Generated samples of neighbouring data shards, with the graph for a backward pass.
@@ -224,8 +227,12 @@ impl Objective for Gan {
         if phase.updates.contains(DISCRIMINATOR) && self.models.discriminator.sees_batch() { 2 } else { 1 }
     }
 
+    fn draws(&self, at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
+        self.draws_of(at)
+    }
+
     fn begin(&self) -> Box<dyn Compute + '_> {
-        Box::new(Course { gan: self, drawn: Vec::new(), ahead: None })
+        Box::new(Course { gan: self, draws: Draws::default(), drawn: Vec::new(), ahead: None })
     }
 
     fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
@@ -319,6 +326,8 @@ impl Sampler for Gan {
 /// Computation of one member's gradients: what is kept from phase to phase.
 struct Course<'a> {
     gan: &'a Gan,
+    /// Draws that were made ahead.
+    draws: Draws,
     /// Generated samples kept for the generator's phase.
     drawn: Vec<FakeBatch>,
     /// The real samples' part of a discriminator gradient in a phase to come.
@@ -333,25 +342,30 @@ impl Compute for Course<'_> {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let Course { gan, drawn, ahead } = self;
-        let draw = || gan.draw(at, state, batch);
+        let Course { gan, draws, drawn, ahead } = self;
+        let point = Point { at, state, draws };
+        let draw = || gan.draw(point, batch);
         // A phase of the generator may have real samples too, for pairs.
         let Some(real) = batch.filter(|_| at.phase.updates.contains(DISCRIMINATOR)) else {
             // Kept in the discriminator's last phase; else drawn again, with the same key and so the
             // same bits.
             let fake = taken(drawn, &(at.shard..at.shard + 1)).unwrap_or_else(draw);
-            return gan.compute(at, state, Input::Fake(fake, batch), out);
+            return gan.compute(point, Input::Fake(fake, batch), out);
         };
         // Only kept samples need a graph: the discriminator's gradient detaches them.
         let keep = gan.serves_generator(at.phase) && has_room(drawn, 1);
         let fake = if keep { draw() } else { no_grad(draw) };
         // Only for exactly this phase: after a regroup it is of no use.
         let of_real = ahead.take_if(|(of, _)| *of == at).map(|(_, part)| part);
-        gan.compute(at, state, Input::Samples(real, of_real, &fake), out)?;
+        gan.compute(point, Input::Samples(real, of_real, &fake), out)?;
         if keep {
             drawn.push(fake);
         }
         Ok(())
+    }
+
+    fn keep(&mut self, draws: Draws) {
+        self.draws.add(draws);
     }
 
     fn most_together(&self, _phase: Phase) -> u32 {
@@ -365,8 +379,8 @@ impl Compute for Course<'_> {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let Course { gan, drawn, .. } = self;
-        let draw = || gan.draw_together(at, state);
+        let Course { gan, draws, drawn, .. } = self;
+        let draw = || gan.draw_together(at, state, draws);
         let Some(real) = batch else {
             let fake = taken(drawn, &at.shards).unwrap_or_else(draw);
             return gan.generator_together(at, state, &fake, out);
@@ -388,7 +402,8 @@ impl Compute for Course<'_> {
 
     fn look_ahead(&mut self, at: ShardAt, state: &State, batch: &ShardBatch) -> Result<(), c10d::Error> {
         // One part for one shard: the next gradient uses it, or it is replaced.
-        self.ahead = Some((at, self.gan.real_part(Point { at, state }, batch)?));
+        let point = Point { at, state, draws: &self.draws };
+        self.ahead = Some((at, self.gan.real_part(point, batch)?));
         Ok(())
     }
 }
@@ -397,12 +412,10 @@ impl Gan {
     /// Fills `out` with the gradient of a shard.
     pub fn compute(
         &self,
-        at: ShardAt,
-        state: &State,
+        point: Point<'_>,
         input: Input<'_>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let point = Point { at, state };
         let (parts, frozen) = match input {
             Input::Samples(real, of_real, drawn) => {
                 (self.discriminator(point, real, of_real, drawn)?, self.frozen_tensors())
@@ -449,7 +462,7 @@ impl Gan {
     }
 
     pub(super) fn augmented(&self, point: Point<'_>, which: PassId, images: &Tensor) -> Tensor {
-        let Point { at, state } = point;
+        let Point { at, state, draws } = point;
         let kinds = &self.job.augmentation.kinds;
         // No draw is made, and no bit of such a job depends on augmentation.
         if kinds.is_empty() {
@@ -459,16 +472,20 @@ impl Gan {
         // By reference to the state, without a wait for a GPU.
         let controlled = || Probability::Adaptive(state.own(CONTROLLER).narrow(0, 0, 1));
         let probability = if self.job.augmentation.adaptive { controlled() } else { fixed() };
-        augment(kinds, &probability, own(self.key(at, Purpose::Augmentation), which), images)
+        let key = own(self.key(at, Purpose::Augmentation), which);
+        let draws = draws.get(key, self.device, || augment::draws(kinds, key, self.shard_batch()));
+        augment(kinds, &probability, &draws, images)
     }
 
     /// Real samples, mirrored at random where the job allows flips.
-    pub(super) fn mirrored(&self, at: ShardAt, real: &ShardBatch) -> Tensor {
+    pub(super) fn mirrored(&self, point: Point<'_>, real: &ShardBatch) -> Tensor {
         if !self.job.augmentation.flip {
             return real.images().shallow_clone();
         }
         // A pass that augments nothing, so that this key is used once.
-        augment::mirror(own(self.key(at, Purpose::Augmentation), PassId::Drawing), real.images())
+        let key = own(self.key(point.at, Purpose::Augmentation), PassId::Drawing);
+        let draws = point.draws.get(key, self.device, || augment::mirror_draws(key, self.shard_batch()));
+        augment::mirror(&draws, real.images())
     }
 
     pub(super) fn signs(&self, real: &Tensor) -> Option<Tensor> {

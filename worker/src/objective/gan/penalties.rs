@@ -6,7 +6,7 @@ use super::{DISCRIMINATOR, FakeBatch, Gan, GradPart, PassId, Point, part};
 use crate::objective::gan::loss;
 use crate::objective::gan::schedule::Schedule;
 use crate::objective::{ShardAt, ShardBatch};
-use crate::random::Purpose;
+use crate::random::{Key, Purpose};
 
 impl Gan {
     /// Factor of the penalties in a phase: 0 in phases without them, else the interval between phases with
@@ -42,6 +42,11 @@ impl Gan {
         part(loss::zero_centred_penalty(weight, &images, &logits), [None, None, None], parameters, Vec::new())
     }
 
+    /// Places of a key between real and generated samples, (b).
+    pub(super) fn places_of(&self, key: Key) -> Tensor {
+        key.uniform(0.0, 1.0, self.shard_batch())
+    }
+
     /// Computes the gradient penalty, in fp32. Its buffer updates are dropped: points between real and
     /// generated samples are not data.
     pub(super) fn penalty(
@@ -52,13 +57,13 @@ impl Gan {
     ) -> Result<GradPart, c10d::Error> {
         let key = self.key(point.at, Purpose::Interpolation);
         // One place for each sample, drawn by the key of the shard (D2).
-        let places = key.uniform(0.0, 1.0, self.shard_batch()).to_device(self.device);
+        let places = point.draws.get(key, self.device, || self.places_of(key));
         let parameters = point.state.master(DISCRIMINATOR);
         let mut pass = self.look(point, PassId::Penalty, parameters).of(real.classes.as_ref());
         let logits = |x: &Tensor| self.models.discriminator.forward(x, &mut pass);
         let weight = self.job.loss.gradient_penalty * self.penalty_factor(point.at);
         // The discriminator sees augmented samples only, so the penalty holds it in check there.
-        let real = self.augmented(point, PassId::Real, &self.mirrored(point.at, real));
+        let real = self.augmented(point, PassId::Real, &self.mirrored(point, real));
         let fake = self.augmented(point, PassId::Fake, &drawn.fake.detach());
         let loss = loss::gradient_penalty(weight, &real, &fake, &places, logits);
         part(loss, [None, None, None], parameters, Vec::new())

@@ -12,7 +12,7 @@ use tch::{Device, Tensor, no_grad};
 use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, fill, loss, signed};
 use crate::nn::Pass;
 use crate::objective::{ShardBatch, ShardGrad, ShardsAt};
-use crate::random::Purpose;
+use crate::random::{Draws, Purpose};
 use crate::state::State;
 
 impl Gan {
@@ -34,8 +34,8 @@ impl Gan {
     }
 
     /// Generates the samples of neighbouring shards. Under `no_grad` they cannot begin a generator's gradient.
-    pub(super) fn draw_together(&self, at: &ShardsAt, state: &State) -> FakeBatch {
-        let noise = at.each().map(|at| self.noise(at)).collect::<Vec<_>>();
+    pub(super) fn draw_together(&self, at: &ShardsAt, state: &State, draws: &Draws) -> FakeBatch {
+        let noise = at.each().map(|at| self.noise(at, draws)).collect::<Vec<_>>();
         let (parameters, buffers) = (state.trainable(GENERATOR), state.buffers(GENERATOR));
         let key = self.key(at.first(), Purpose::Network);
         let mut pass = Pass { shards: at.count(), ..Pass::batch(parameters, buffers, key) };

@@ -165,8 +165,13 @@ fn load(package: &Package, name: &str, device: Device) -> Result<(Graph, TempDir
 }
 
 impl Prepared {
-    /// Draws the random numbers of one run, one after the other.
+    /// Draws the random numbers of one run, on the device.
     pub(super) fn draw(&self, key: Key) -> Vec<Tensor> {
+        self.drawn(key).iter().map(|drawn| drawn.to_device(self.device)).collect()
+    }
+
+    /// Draws the random numbers of one run, one after the other, on the CPU.
+    pub(super) fn drawn(&self, key: Key) -> Vec<Tensor> {
         let mut stream = key.stream();
         let draw = |draw: &Draw| {
             let shape: Vec<i64> = draw.shape().iter().map(|size| signed(*size)).collect();
@@ -177,8 +182,7 @@ impl Prepared {
                 Draw::Integers { low, high, .. } => Tensor::from_slice(&stream.integers(*low, *high, count)),
                 Draw::Bernoulli { p, .. } => Tensor::from_slice(&stream.bernoulli(*p, count)),
             };
-            // Drawn on the CPU, also for a GPU: the same bits on both (D2).
-            flat.view(shape.as_slice()).to_device(self.device)
+            flat.view(shape.as_slice())
         };
         self.draws.iter().map(draw).collect()
     }

@@ -18,7 +18,7 @@ use ganglion_proto::job::Job;
 use ganglion_proto::package::{self, Batch, Machine, Manifest, Output, Package, SampleSpec};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
-use tch::{Device, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 use self::graphs::{Given, Graphs, Prepared, Values, places, signed};
 pub(crate) use self::samples::{Drawn, PackageSamples, in_turn};
@@ -33,7 +33,7 @@ use crate::data::{DataSet, ImageShape, SampleShape, TokenShape};
 use crate::nn::broken::Watchdog;
 use crate::nn::tensor_bytes::from_bytes;
 use crate::nn::{self, Init, TensorSpec};
-use crate::random::{Key, Purpose};
+use crate::random::{Draws, Key, Purpose};
 use crate::sampling::{CLASS_NAMES, Sampler, WEIGHTS_FILE};
 use crate::state::{State, StateLayout};
 
@@ -229,6 +229,11 @@ impl Packaged {
         &self.0.package.manifest.phases[phase.index as usize]
     }
 
+    fn key(&self, at: ShardAt) -> Key {
+        let ShardAt { phase, step, shard } = at;
+        Key { seed: self.0.job.job.seed, step, phase: phase.index, shard, purpose: Purpose::Graph }
+    }
+
     /// Number of samples that a step reads.
     fn per_step(&self) -> u64 {
         let reads = self.0.phases.iter().filter(|own| own.phase.reads == Reads::Next).count();
@@ -372,8 +377,14 @@ impl Objective for Packaged {
             .collect()
     }
 
+    fn draws(&self, at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
+        let (graph, key) = (&self.own(at.phase).graph, self.key(at));
+        let numbers = graph.draws().iter().map(|draw| draw.shape().iter().product::<u64>()).sum::<u64>();
+        if (1..=MOST_AHEAD).contains(&numbers) { vec![(key, graph.drawn(key))] } else { Vec::new() }
+    }
+
     fn begin(&self) -> Box<dyn Compute + '_> {
-        Box::new(Computing(self))
+        Box::new(Computing { package: self, draws: Draws::default() })
     }
 
     fn optimizer(&self, phase: Phase, steps: u64) -> Optimizer {
@@ -460,10 +471,21 @@ impl Evaluator for Packaged {
     }
 }
 
-/// Computation of one member's gradients. Nothing is kept from phase to phase.
-struct Computing<'a>(&'a Packaged);
+/// Largest number of draws of a shard gradient that are made ahead.
+const MOST_AHEAD: u64 = 1 << 20;
+
+/// Computation of one member's gradients.
+struct Computing<'a> {
+    package: &'a Packaged,
+    /// Draws that were made ahead.
+    draws: Draws,
+}
 
 impl Compute for Computing<'_> {
+    fn keep(&mut self, draws: Draws) {
+        self.draws.add(draws);
+    }
+
     fn gradient(
         &mut self,
         at: ShardAt,
@@ -471,9 +493,9 @@ impl Compute for Computing<'_> {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let (own, job) = (self.0.own(at.phase), &self.0.0.job);
-        let (seed, step, phase, shard) = (job.job.seed, at.step, at.phase.index, at.shard);
-        let draws = own.graph.draw(Key { seed, step, phase, shard, purpose: Purpose::Graph });
+        let Computing { package, draws } = self;
+        let (own, job, key) = (package.own(at.phase), &package.0.job, package.key(at));
+        let draws = draws.all(key, package.0.device, || own.graph.drawn(key));
         let (values, part) = (values_of(state), "in training");
         let given = Given { values, batch, wanted: None, steps: at.step, part };
         let outputs = own.graph.run(&given, &draws);

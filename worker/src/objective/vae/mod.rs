@@ -24,7 +24,7 @@ use super::{
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::DataSet;
 use crate::nn::{Autoencoder, Network, Pass};
-use crate::random::{Key, Purpose};
+use crate::random::{Draws, Key, Purpose};
 use crate::sampling::{AUTOENCODER, CLASS_NAMES, Generator, Sampler, WEIGHTS_FILE};
 use crate::state::{Sections, State, StateLayout};
 
@@ -217,8 +217,20 @@ impl Objective for Vae {
         optimizer::moving_of_job(&self.job)
     }
 
+    fn draws(&self, at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
+        let samples = self.job.job.shard_batch as usize;
+        let key = self.key(at, Purpose::Binarisation);
+        let pixels = self
+            .settings
+            .binarise
+            .then(|| (key, vec![key.uniform(0.0, 1.0, samples * self.networks.shape.numel())]));
+        let key = self.key(at, Purpose::Posterior);
+        let noise = (key, vec![key.normal(samples * self.networks.latent_dim)]);
+        pixels.into_iter().chain([noise]).collect()
+    }
+
     fn begin(&self) -> Box<dyn Compute + '_> {
-        Box::new(Computing(self))
+        Box::new(Computing { vae: self, draws: Draws::default() })
     }
 
     fn optimizer(&self, _phase: Phase, steps: u64) -> Optimizer {
@@ -277,10 +289,18 @@ impl Sampler for Vae {
     }
 }
 
-/// Computation of one member's gradients. Nothing is kept from phase to phase.
-struct Computing<'a>(&'a Vae);
+/// Computation of one member's gradients.
+struct Computing<'a> {
+    vae: &'a Vae,
+    /// Draws that were made ahead.
+    draws: Draws,
+}
 
 impl Compute for Computing<'_> {
+    fn keep(&mut self, draws: Draws) {
+        self.draws.add(draws);
+    }
+
     fn gradient(
         &mut self,
         at: ShardAt,
@@ -288,13 +308,14 @@ impl Compute for Computing<'_> {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let vae = self.0;
+        let Computing { vae, draws } = self;
         let batch = batch.expect("the phase reads samples");
-        let uniform = |count| vae.key(at, Purpose::Binarisation).uniform(0.0, 1.0, count);
+        let key = vae.key(at, Purpose::Binarisation);
+        let uniform = |count| draws.get(key, vae.device, || key.uniform(0.0, 1.0, count));
         let images = vae.pixels(batch, uniform);
-        // Drawn on the CPU, also for a GPU: the same bits on both (D2).
-        let noise = vae.key(at, Purpose::Posterior).normal(vae.latent_numel(&images));
-        let noise = noise.view([images.size()[0], -1]).to_device(vae.device);
+        let key = vae.key(at, Purpose::Posterior);
+        let noise = draws.get(key, vae.device, || key.normal(vae.latent_numel(&images)));
+        let noise = noise.view([images.size()[0], -1]);
         let weights = Weights { encoder: state.trainable(ENCODER), decoder: state.trainable(DECODER) };
         let terms = vae.terms(&images, &noise, weights, vae.classes(batch));
         let loss = vae.loss(&terms).sum(None);

@@ -32,18 +32,28 @@ pub(crate) enum Probability {
     Adaptive(Tensor),
 }
 
-/// Augments images (b, c, h, w) in [-1, 1] by the draws of a key.
+/// Kinds of augmentation of a mirror image.
+const MIRROR: [AugmentationKind; 1] = [AugmentationKind::Flip];
+
+/// Draws of a key by which so many samples are augmented, flat on the CPU.
+pub(crate) fn draws(kinds: &[AugmentationKind], key: Key, samples: usize) -> Tensor {
+    // All at once, whatever applies: the next kind's do not depend on this one's (invariant 1).
+    key.uniform(0.0, 1.0, samples * DRAWS * kinds.len())
+}
+
+/// Draws of a key by which so many samples are mirrored.
+pub(crate) fn mirror_draws(key: Key, samples: usize) -> Tensor {
+    draws(&MIRROR, key, samples)
+}
+
+/// Augments images (b, c, h, w) in [-1, 1] by their [draws](draws), on the same device.
 pub(crate) fn augment(
     kinds: &[AugmentationKind],
     probability: &Probability,
-    key: Key,
+    draws: &Tensor,
     images: &Tensor,
 ) -> Tensor {
-    let samples = images.size()[0];
-    let count = usize::try_from(samples).expect("a batch is small") * DRAWS * kinds.len();
-    let rows = i64::try_from(DRAWS * kinds.len()).expect("a few kinds");
-    // All draws at once, whatever applies: the next kind's do not depend on this one's (invariant 1).
-    let draws = key.uniform(0.0, 1.0, count).to_device(images.device()).view([rows, samples]);
+    let draws = draws.view([-1, images.size()[0]]);
     let mut x = images.shallow_clone();
     for (kind, first) in kinds.iter().zip((0..).step_by(DRAWS)) {
         let draw = |row: i64| draws.get(first + row).view([-1, 1, 1, 1]);
@@ -58,9 +68,9 @@ pub(crate) fn augment(
     x
 }
 
-/// Mirrors each image left to right with probability one half.
-pub(crate) fn mirror(key: Key, images: &Tensor) -> Tensor {
-    augment(&[AugmentationKind::Flip], &Probability::Fixed(0.5), key, images)
+/// Mirrors each image left to right with probability one half, by [draws](mirror_draws).
+pub(crate) fn mirror(draws: &Tensor, images: &Tensor) -> Tensor {
+    augment(&MIRROR, &Probability::Fixed(0.5), draws, images)
 }
 
 /// Applies a kind to images; `how` are draws from [0, 1) of shape (b, 1, 1, 1).

@@ -17,8 +17,13 @@ fn images(samples: i64, channels: i64, side: i64) -> Tensor {
     (Tensor::arange(count, (Kind::Float, Device::Cpu)) * 0.37).sin().view([samples, channels, side, side])
 }
 
+fn by_key(kinds: &[AugmentationKind], probability: &Probability, key: Key, x: &Tensor) -> Tensor {
+    let samples = usize::try_from(x.size()[0]).unwrap();
+    augment(kinds, probability, &draws(kinds, key, samples), x)
+}
+
 fn fixed(kinds: &[AugmentationKind], probability: f64, x: &Tensor) -> Tensor {
-    augment(kinds, &Probability::Fixed(probability), KEY, x)
+    by_key(kinds, &Probability::Fixed(probability), KEY, x)
 }
 
 #[test]
@@ -35,7 +40,7 @@ fn a_probability_of_zero_does_nothing_and_of_one_everything() {
 fn the_controllers_probability_is_a_number_like_any_other() {
     let x = images(32, 1, 8);
     for p in [0.0f32, 0.3, 1.0] {
-        let adaptive = augment(&EVERY, &Probability::Adaptive(Tensor::from_slice(&[p])), KEY, &x);
+        let adaptive = by_key(&EVERY, &Probability::Adaptive(Tensor::from_slice(&[p])), KEY, &x);
         assert!(adaptive.equal(&fixed(&EVERY, f64::from(p), &x)), "{p}");
     }
 }
@@ -67,7 +72,7 @@ fn samples_are_treated_apart_and_by_key_alone() {
     let x = images(8, 3, 8);
     let all = fixed(&EVERY, 0.5, &x);
     assert!(all.equal(&fixed(&EVERY, 0.5, &x)));
-    let other = augment(&EVERY, &Probability::Fixed(0.5), Key { shard: 3, ..KEY }, &x);
+    let other = by_key(&EVERY, &Probability::Fixed(0.5), Key { shard: 3, ..KEY }, &x);
     assert!(!all.equal(&other));
     let mut second = x.copy();
     let _ = second.get(1).zero_();
