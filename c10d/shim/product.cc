@@ -215,7 +215,7 @@ std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b) {
 std::unique_ptr<at::Tensor>
 linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope, std::int64_t groups) {
   TORCH_CHECK(groups > 0 && groups <= most_groups && input.size(0) % groups == 0, "no groups of rows: ", groups);
-  const auto addend = bias.defined() ? std::make_optional(bias) : std::nullopt;
+  const auto addend = bias.defined() ? std::make_optional(bias.contiguous()) : std::nullopt;
   // Gradients are told from outputs, which they are for a slope from 0 to 1 alone.
   if (is_ours(input, weight) && slope > 0.0 && slope <= 1.0) {
     TORCH_CHECK(input.size(1) == weight.size(1), "no product of ", input.sizes(), " and ", weight.sizes());

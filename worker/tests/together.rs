@@ -56,7 +56,7 @@ fn gradient(
 #[test]
 fn shards_at_once_have_the_bits_of_one_after_the_other() {
     for (loss, (shard_batch, count)) in
-        LOSSES.into_iter().flat_map(|loss| [(1, 8), (3, 5), (8, 8), (20, 2)].map(|sizes| (loss, sizes)))
+        LOSSES.into_iter().flat_map(|loss| [(1, 40), (3, 5), (8, 16), (20, 2)].map(|sizes| (loss, sizes)))
     {
         let mut job = job(ModelKind::Mlp28, loss);
         job.job.shard_batch = shard_batch;

@@ -98,3 +98,88 @@ fn sum_of_each(
 fn bits(flat: &Tensor) -> Tensor {
     flat.view_dtype(Kind::Int)
 }
+
+#[cfg(test)]
+mod tests {
+
+    use ganglion_proto::job::Precision;
+    use tch::no_grad;
+
+    use super::*;
+    use crate::objective::Reads;
+    use crate::state::{NetworkId, StateLayout};
+
+    /// Shard v has the gradient v + 1/3; a pass over several adds `error` to their sum.
+    #[derive(Default)]
+    struct Thirds {
+        error: f64,
+        alone: usize,
+        together: usize,
+    }
+
+    fn phase() -> Phase {
+        Phase::of(0, NetworkId(0), Reads::Nothing)
+    }
+
+    fn third(shard: u32) -> f32 {
+        f32::from(u8::try_from(shard).unwrap()) + 1.0 / 3.0
+    }
+
+    impl Compute for Thirds {
+        fn gradient(
+            &mut self,
+            at: ShardAt,
+            _: &State,
+            _: Option<&ShardBatch>,
+            out: &mut ShardGrad,
+        ) -> Result<(), c10d::Error> {
+            self.alone += 1;
+            let _ = no_grad(|| out.flat.fill_(f64::from(third(at.shard))));
+            Ok(())
+        }
+
+        fn gradients(
+            &mut self,
+            at: &ShardsAt,
+            _: &State,
+            _: Option<&ShardBatch>,
+            out: &mut ShardGrad,
+        ) -> Result<(), c10d::Error> {
+            self.together += 1;
+            let of = |shard| Tensor::from(third(shard));
+            let sum = at.shards.clone().map(of).reduce(|sum, next| sum + next).unwrap() + self.error;
+            no_grad(|| out.flat.copy_(&sum));
+            Ok(())
+        }
+    }
+
+    /// Sum over two shards, computed as often as told.
+    fn sums(compute: &mut Thirds, times: usize) -> (Vec<f32>, u32) {
+        let layout = GradLayout::default();
+        let state = State::zeros(StateLayout::new(&[], &[], Precision::Fp32), Device::Cpu);
+        let (together, device) = (Together::default(), Device::Cpu);
+        let inputs = Inputs { state: &state, samples: &|_| None, layout: &layout, device };
+        let at = ShardsAt { phase: phase(), step: 0, shards: 4..6 };
+        let sum = |_| {
+            let mut buffer = || ShardGrad::new(&layout, layout.len(), device);
+            let sum = together.sum(&at, &inputs, compute, &mut buffer).unwrap();
+            Vec::<f32>::try_from(&sum.flat).unwrap()[0]
+        };
+        ((0..times).map(sum).collect(), together.most(phase(), 8))
+    }
+
+    #[test]
+    fn a_pass_over_several_shards_is_proved_once_and_then_made() {
+        let mut right = Thirds::default();
+        let wanted = third(4) + third(5);
+        assert_eq!(sums(&mut right, 3), (vec![wanted; 3], 8));
+        assert_eq!((right.alone, right.together), (2, 3), "the first is held against those of each");
+    }
+
+    #[test]
+    fn a_pass_with_another_bit_is_never_used() {
+        let mut wrong = Thirds { error: 1e-6, ..Thirds::default() };
+        let wanted = third(4) + third(5);
+        assert_eq!(sums(&mut wrong, 1), (vec![wanted], 1), "each is computed alone from then on");
+    }
+}

@@ -60,7 +60,7 @@ const SIGNS: i64 = 3;
 /// from the discriminator's phase to the generator's. Those of other shards are drawn again. A larger
 /// number takes more memory.
 // A graph of a shard is many times as large as its samples.
-const KEPT: u32 = 8;
+const KEPT: usize = 8;
 
 type Scores = [Option<Tensor>; SCORES];
 
@@ -353,7 +353,7 @@ impl Compute for Course<'_> {
             return gan.compute(point, Input::Fake(fake, batch), out);
         };
         // Only kept samples need a graph: the discriminator's gradient detaches them.
-        let keep = gan.serves_generator(at.phase) && has_room(drawn, 1);
+        let keep = gan.serves_generator(at.phase) && kept(drawn) < KEPT;
         let fake = if keep { draw() } else { no_grad(draw) };
         // Only for exactly this phase: after a regroup it is of no use.
         let of_real = ahead.take_if(|(of, _)| *of == at).map(|(_, part)| part);
@@ -369,7 +369,7 @@ impl Compute for Course<'_> {
     }
 
     fn most_together(&self, _phase: Phase) -> u32 {
-        if self.gan.takes_shards_together() { KEPT } else { 1 }
+        if self.gan.takes_shards_together() { self.gan.most_together() } else { 1 }
     }
 
     fn gradients(
@@ -385,7 +385,7 @@ impl Compute for Course<'_> {
             let fake = taken(drawn, &at.shards).unwrap_or_else(draw);
             return gan.generator_together(at, state, &fake, out);
         };
-        let keep = gan.serves_generator(at.phase) && has_room(drawn, at.count());
+        let keep = gan.serves_generator(at.phase) && gan.keeps_together(drawn, at.count());
         let fake = if keep { draw() } else { no_grad(draw) };
         gan.discriminator_together(at, state, (real, &fake), out)?;
         if keep {
@@ -516,10 +516,9 @@ fn taken(drawn: &mut Vec<FakeBatch>, shards: &Range<u32>) -> Option<FakeBatch> {
     Some(drawn.swap_remove(kept))
 }
 
-/// Whether the samples of so many more shards may be kept.
-fn has_room(drawn: &[FakeBatch], shards: u32) -> bool {
-    let kept: usize = drawn.iter().map(|drawn| drawn.shards.len()).sum();
-    kept + shards as usize <= KEPT as usize
+/// Number of shards whose samples are kept.
+fn kept(drawn: &[FakeBatch]) -> usize {
+    drawn.iter().map(|drawn| drawn.shards.len()).sum()
 }
 
 /// Returns a part with the gradient of its loss.

@@ -9,11 +9,17 @@
 use ganglion_proto::job::Precision;
 use tch::{Device, Tensor, no_grad};
 
-use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, fill, loss, signed};
+use super::{DISCRIMINATOR, FakeBatch, GENERATOR, Gan, GradPart, fill, kept, loss, signed};
 use crate::nn::Pass;
 use crate::objective::{ShardBatch, ShardGrad, ShardsAt};
 use crate::random::{Draws, Purpose};
 use crate::state::State;
+
+/// Number of samples from which on a larger pass is no faster.
+const ROWS: u32 = 128;
+
+/// Largest number of samples that are kept, with all that their backward pass needs.
+const KEPT_SAMPLES: usize = 2048;
 
 impl Gan {
     /// Whether the gradients of several shards can be computed in one pass.
@@ -31,6 +37,17 @@ impl Gan {
             && models.generator.sums_by_shards(rows)
             // It sees real and generated samples at once.
             && models.discriminator.sums_by_shards(2 * rows)
+    }
+
+    /// Largest number of shards of one pass: the more, the fewer passes, up to some rows.
+    pub(super) fn most_together(&self) -> u32 {
+        (ROWS / self.job.job.shard_batch.max(1)).next_power_of_two().clamp(8, 64)
+    }
+
+    /// Whether the samples of so many more shards of one pass are kept for the generator's phase. The graph of a
+    /// plain network is small.
+    pub(super) fn keeps_together(&self, drawn: &[FakeBatch], count: u32) -> bool {
+        (kept(drawn) + count as usize) * self.shard_batch() <= KEPT_SAMPLES
     }
 
     /// Generates the samples of neighbouring shards. Under `no_grad` they cannot begin a generator's gradient.
