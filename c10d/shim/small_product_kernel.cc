@@ -74,7 +74,7 @@ struct Terms {
 
 // The products of one group. Of the last vector of each row `cut` columns are there, if it is cut.
 template <int rows, int width, bool is_cut>
-inline void of_group(const Terms& terms, Index group, int cut, Vec (&sums)[rows][width]) {
+[[gnu::always_inline]] inline void of_group(const Terms& terms, Index group, int cut, Vec (&sums)[rows][width]) {
   const float* a = terms.a + group * terms.count * terms.a_step;
   const float* b = terms.b + group * terms.count * terms.b_step;
   for (int r = 0; r < rows; r++) {
@@ -96,9 +96,10 @@ inline void of_group(const Terms& terms, Index group, int cut, Vec (&sums)[rows]
   }
 }
 
-// Adds the products of all groups as leaves of a binary tree: a node as soon as both its children are there.
+// Adds the products of all groups as leaves of a binary tree: a node as soon as both its children are there. Not a
+// call: the sums of its caller would lie in memory and not in registers.
 template <int rows, int width, bool is_cut>
-inline void of_groups(const Terms& terms, int cut, Vec (&sums)[rows][width]) {
+[[gnu::always_inline]] inline void of_groups(const Terms& terms, int cut, Vec (&sums)[rows][width]) {
   alignas(64) float waiting[most_levels][rows][width * lanes];
   int heights[most_levels];
   int count = 0;
