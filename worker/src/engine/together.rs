@@ -7,19 +7,19 @@
 //! no bit.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
 use super::reduce::tree::{Node, TreeSum};
-use crate::objective::{Compute, GradLayout, Phase, ShardAt, ShardBatch, ShardGrad, ShardsAt};
+use crate::objective::{Compute, GradLayout, ShardAt, ShardBatch, ShardGrad, ShardsAt};
 use crate::state::{State, narrow};
 
 /// Whether passes over so many shards of a phase, by its index, have the bits of the shards' own gradients.
 #[derive(Debug, Default)]
 pub(crate) struct Together(Mutex<BTreeMap<(u32, u32), bool>>);
 
-/// What a gradient is computed from, and where.
+/// Inputs of a gradient, and its layout.
 pub(super) struct Inputs<'a> {
     /// The state.
     pub state: &'a State,
@@ -33,10 +33,15 @@ pub(super) struct Inputs<'a> {
 
 impl Together {
     /// Largest number of shards of one pass, of those that an objective takes together.
-    pub(super) fn most(&self, phase: Phase, wanted: u32) -> u32 {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_refuted = known.iter().any(|((of, _), is_same)| *of == phase.index && !is_same);
+    pub(super) fn most(&self, wanted: u32) -> u32 {
+        // For all phases alike: what one keeps for another is of the same shards.
+        let is_refuted = self.known().values().any(|is_same| !is_same);
         if is_refuted { 1 } else { wanted }
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeMap<(u32, u32), bool>> {
+        // Held for a look alone.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Computes the sum of the gradients of shards, in buffers that `buffer` returns.
@@ -51,12 +56,13 @@ impl Together {
         buffer: &mut dyn FnMut() -> ShardGrad,
     ) -> Result<ShardGrad, c10d::Error> {
         let key = (at.phase.index, at.count());
-        if at.count() == 1 {
+        let known = self.known().get(&key).copied();
+        // A refuted pass is asked for until the end of its phase.
+        if at.count() == 1 || known == Some(false) {
             return sum_of_each(at, inputs, compute, buffer);
         }
-        let is_known = self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&key);
         let samples = (inputs.samples)(at);
-        if is_known {
+        if known == Some(true) {
             let mut sum = buffer();
             compute.gradients(at, inputs.state, samples.as_ref(), &mut sum)?;
             return Ok(sum);
@@ -72,7 +78,7 @@ impl Together {
                 at.count()
             );
         }
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(key, is_same);
+        self.known().insert(key, is_same);
         Ok(sum)
     }
 }
@@ -101,12 +107,11 @@ fn bits(flat: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-
     use ganglion_proto::job::Precision;
     use tch::no_grad;
 
     use super::*;
-    use crate::objective::Reads;
+    use crate::objective::{Phase, Reads};
     use crate::state::{NetworkId, StateLayout};
 
     /// Shard v has the gradient v + 1/3; a pass over several adds `error` to their sum.
@@ -165,7 +170,7 @@ mod tests {
             let sum = together.sum(&at, &inputs, compute, &mut buffer).unwrap();
             Vec::<f32>::try_from(&sum.flat).unwrap()[0]
         };
-        ((0..times).map(sum).collect(), together.most(phase(), 8))
+        ((0..times).map(sum).collect(), together.most(8))
     }
 
     #[test]
@@ -180,6 +185,7 @@ mod tests {
     fn a_pass_with_another_bit_is_never_used() {
         let mut wrong = Thirds { error: 1e-6, ..Thirds::default() };
         let wanted = third(4) + third(5);
-        assert_eq!(sums(&mut wrong, 1), (vec![wanted], 1), "each is computed alone from then on");
+        assert_eq!(sums(&mut wrong, 3), (vec![wanted; 3], 1), "each is computed alone from then on");
+        assert_eq!((wrong.alone, wrong.together), (6, 1));
     }
 }

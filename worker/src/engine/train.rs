@@ -192,7 +192,7 @@ impl Trainer {
         let (data_shards, log) = (self.job.job.data_shards, self.gradient_log.as_ref());
         // A log has the gradient of each shard.
         let most = if runs && log.is_none() { course.compute.most_together(phase) } else { 1 };
-        for node in nodes_of(shards.clone(), data_shards, self.together.most(phase, most)) {
+        for node in nodes_of(shards.clone(), data_shards, self.together.most(most)) {
             let at = ShardsAt { phase, step, shards: node.leaves(data_shards) };
             let mut buffer = || all_reduce.buffer(layout);
             let gradient = if runs {

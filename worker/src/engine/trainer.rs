@@ -53,7 +53,7 @@ pub(crate) struct Trainer {
     pub evaluations: Evaluations,
     /// Log of shard gradients, if the environment asks for one.
     pub gradient_log: Option<GradientLog>,
-    /// What is known of passes over several shards.
+    /// Verdicts on passes over several shards.
     pub together: Together,
     /// State after the newest commit; `None` before the first assignment.
     pub held: Option<Held>,
