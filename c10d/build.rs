@@ -67,8 +67,8 @@ fn main() {
 fn compile_kernels(lanes: &str, instructions: &[&str]) {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").file("shim/small_product_kernel.cc").define("LANES", lanes);
-    // In every profile: without optimisation they take a hundred times as long. A product and an addition become one
-    // instruction where the source says so, and nowhere else.
+    // In every profile: without optimisation they take a hundred times as long. A product and an addition
+    // become one instruction where the source says so, and nowhere else.
     build.opt_level(3).flag("-ffp-contract=off");
     instructions.iter().for_each(|flag| {
         build.flag(flag);

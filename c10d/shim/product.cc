@@ -63,8 +63,8 @@ struct Product : torch::autograd::Function<Product> {
   }
 };
 
-// Whether the kernels of small_product.h take a layer's shapes. Beyond them oneDNN's take less time: they bring
-// large matrices into another order first.
+// Whether the kernels of small_product.h take a layer's shapes. Beyond them oneDNN's take less time: they
+// bring large matrices into another order first.
 bool is_small_layer(const at::Tensor& input, const at::Tensor& weight, std::int64_t groups) {
   return sums_by_groups(input.size(0) / groups, weight.numel());
 }
@@ -89,8 +89,9 @@ at::Tensor small_output(const at::Tensor& input, const at::Tensor& weight, const
   return out;
 }
 
-// A linear layer, perhaps with a leaky ReLU, as one node: of small batches autograd's own work takes as long as the
-// products. Gradients of weight and bias are sums over groups of rows, which only small layers tell apart.
+// A linear layer, perhaps with a leaky ReLU, as one node: of small batches autograd's own work takes as long
+// as the products. Gradients of weight and bias are sums over groups of rows, which only small layers tell
+// apart.
 struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(
       AutogradContext* context,

@@ -16,14 +16,16 @@ bool graphs_take_our_products();
 
 // (m, k) and (k, n) to (m, n).
 std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b);
-// A linear layer: rows, (m, k), a weight, (n, k), and an addend of each row, (n), to (m, n); then max(x, slope x) of
-// each element, unless the slope is 1. An undefined bias is none. Where there are several groups of neighbouring rows,
-// the gradients of weight and bias are those of the groups, summed as leaves of a binary tree.
+// A linear layer: rows, (m, k), a weight, (n, k), and an addend of each row, (n), to (m, n); then max(x,
+// slope x) of each element, unless the slope is 1. An undefined bias is none. Where there are several groups
+// of neighbouring rows, the gradients of weight and bias are those of the groups, summed as leaves of a
+// binary tree.
 std::unique_ptr<at::Tensor>
 linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope, std::int64_t groups);
 // Whether a layer takes several groups of so many rows, with so many weights.
 bool sums_by_groups(std::int64_t rows, std::int64_t weights);
-// For a test: lets this thread's small products take vectors of 8 floats, as on a processor that has no wider ones.
+// For a test: lets this thread's small products take vectors of 8 floats, as on a processor that has no wider
+// ones.
 void narrow_small_products(bool narrow);
 
 } // namespace c10d_shim

@@ -1,7 +1,7 @@
-// Products with small weights, whose every number is summed in one order, whatever the number of rows: a fused
-// multiply and add for each term, from the first to the last. So a row of a batch has the same bits as alone, and a
-// processor with wider vectors computes the same. Includes nothing of libtorch: the kernels are compiled for more
-// instructions than its headers may be.
+// Products with small weights, whose every number is summed in one order, whatever the number of rows: a
+// fused multiply and add for each term, from the first to the last. So a row of a batch has the same bits as
+// alone, and a processor with wider vectors computes the same. Includes nothing of libtorch: the kernels are
+// compiled for more instructions than its headers may be.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct LayerSizes {
 // All matrices are contiguous: input (rows, inputs), weight (outputs, inputs), output and its gradient (rows,
 // outputs).
 struct SmallProducts {
-  // out = input weight^T + bias, then max(x, slope x) of each element, for a slope from 0 to 1. A bias may be null.
-  // `panel` is memory for `panel_width` x inputs floats.
+  // out = input weight^T + bias, then max(x, slope x) of each element, for a slope from 0 to 1. A bias may be
+  // null. `panel` is memory for `panel_width` x inputs floats.
   void (*output)(
       const LayerSizes& sizes,
       const float* input,
@@ -30,9 +30,9 @@ struct SmallProducts {
       float* panel);
   // out = grad weight, (rows, inputs).
   void (*of_input)(const LayerSizes& sizes, const float* grad, const float* weight, float* out);
-  // out = grad^T input, (outputs, inputs), for each of `groups` neighbouring groups of rows, summed over the groups
-  // as leaves of a binary tree. A tile of the sum stays in registers and the first cache until all of it is there,
-  // where the groups' own products would pass through memory. `sizes.rows` is that of one group.
+  // out = grad^T input, (outputs, inputs), for each of `groups` neighbouring groups of rows, summed over the
+  // groups as leaves of a binary tree. A tile of the sum stays in registers and the first cache until all of
+  // it is there, where the groups' own products would pass through memory. `sizes.rows` is that of one group.
   void (*of_weight)(const LayerSizes& sizes, std::int64_t groups, const float* grad, const float* input, float* out);
   // out = the sums of grad's rows, (outputs), likewise.
   void (*of_bias)(const LayerSizes& sizes, std::int64_t groups, const float* grad, float* out);

@@ -1,5 +1,5 @@
-// The kernels of small_product.h, compiled once for each width of a vector, LANES floats. All are one product in
-// tiles: a tile's numbers lie in registers while its terms are added.
+// The kernels of small_product.h, compiled once for each width of a vector, LANES floats. All are one product
+// in tiles: a tile's numbers lie in registers while its terms are added.
 #include <immintrin.h>
 
 #include "small_product.h"
@@ -96,8 +96,8 @@ template <int rows, int width, bool is_cut>
   }
 }
 
-// Adds the products of all groups as leaves of a binary tree: a node as soon as both its children are there. Not a
-// call: the sums of its caller would lie in memory and not in registers.
+// Adds the products of all groups as leaves of a binary tree: a node as soon as both its children are there.
+// Not a call: the sums of its caller would lie in memory and not in registers.
 template <int rows, int width, bool is_cut>
 [[gnu::always_inline]] inline void of_groups(const Terms& terms, int cut, Vec (&sums)[rows][width]) {
   alignas(64) float waiting[most_levels][rows][width * lanes];

@@ -285,9 +285,9 @@ pub fn leaky_linear(input: &Tensor, weight: &Tensor, bias: &Tensor, slope: f64) 
     linear_by_groups(input, weight, Some(bias), slope, 1)
 }
 
-/// Computes a linear layer, as [`linear`], and max(x, slope x) of each element unless the slope is 1. The rows are
-/// `groups` neighbouring groups of as many rows each: the gradients of weight and bias have the bits of the groups'
-/// own, summed as leaves of a binary tree from left to right.
+/// Computes a linear layer, as [`linear`], and max(x, slope x) of each element unless the slope is 1. The
+/// rows are `groups` neighbouring groups of as many rows each: the gradients of weight and bias have the bits
+/// of the groups' own, summed as leaves of a binary tree from left to right.
 ///
 /// # Errors
 /// As for [`product`]; for several groups also [`Error::Fatal`] where [`sums_by_groups`] is false, for another
@@ -304,8 +304,8 @@ pub fn linear_by_groups(
     owned(shim::linear(at_tensor(input), at_tensor(weight), bias, slope, i64::from(groups))?)
 }
 
-/// Whether a linear layer of fp32 on a CPU takes several groups of so many rows, with a weight of this shape: a
-/// small one does, on a processor that has the instructions.
+/// Whether a linear layer of fp32 on a CPU takes several groups of so many rows, with a weight of this shape:
+/// a small one does, on a processor that has the instructions.
 pub fn sums_by_groups(rows: usize, [outputs, inputs]: [i64; 2]) -> bool {
     i64::try_from(rows).is_ok_and(|rows| shim::sums_by_groups(rows, outputs.saturating_mul(inputs)))
 }

@@ -98,8 +98,8 @@ impl Key {
     }
 }
 
-/// Draws that were made before they are needed, by their keys. To find them here saves time, and changes no bit: of
-/// each key there is one use in a job, which draws the same now.
+/// Draws that were made before they are needed, by their keys. To find them here saves time, and changes no
+/// bit: of each key there is one use in a job, which draws the same now.
 #[derive(Debug, Default)]
 pub struct Draws(HashMap<Key, Vec<Tensor>>);
 
@@ -109,8 +109,8 @@ impl Draws {
         Draws(made.into_iter().collect())
     }
 
-    /// Returns the draws of a key on a device: those that were made, or else what `make` makes on the CPU. The same
-    /// bits on all devices (D2).
+    /// Returns the draws of a key on a device: those that were made, or else what `make` makes on the CPU.
+    /// The same bits on all devices (D2).
     pub(crate) fn all(&self, key: Key, device: Device, make: impl FnOnce() -> Vec<Tensor>) -> Vec<Tensor> {
         let there = |tensor: &Tensor| tensor.to_device(device);
         self.0

@@ -1,5 +1,5 @@
-//! Draws that are made ahead, by the thread that reads samples: each is used, and has the bits of one that is made
-//! when it is needed.
+//! Draws that are made ahead, by the thread that reads samples: each is used, and has the bits of one that is
+//! made when it is needed.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;

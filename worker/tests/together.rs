@@ -1,5 +1,5 @@
-//! Gradients of several data shards in one pass: they have the bits of the shards' own, added up as the tree adds
-//! them, and only plain objectives give any.
+//! Gradients of several data shards in one pass: they have the bits of the shards' own, added up as the tree
+//! adds them, and only plain objectives give any.
 #![allow(clippy::unwrap_used)] // a test may panic
 
 mod common;

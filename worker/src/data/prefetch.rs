@@ -86,7 +86,8 @@ pub struct Batch {
 /// Function that copies words of 4 bytes to the training device, as a flat tensor of f32.
 pub type Upload = Box<dyn FnMut(&[f32]) -> Result<Tensor, c10d::Error> + Send>;
 
-/// Function from a step, and a phase of those that read new samples, to draws of it and of the phases up to the next.
+/// Function from a step, and a phase of those that read new samples, to draws of it and of the phases up to
+/// the next.
 pub type Draw = Box<dyn Fn(u64, u32) -> Vec<(Key, Vec<Tensor>)> + Send>;
 
 /// Work of the reading thread beside reading.

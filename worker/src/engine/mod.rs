@@ -1,8 +1,8 @@
 //! The engine: the training loop, and all that it does with an objective's gradients.
 //!
 //! `trainer` takes part in one generation after the other. `generation` forms the group, and
-//! `state_sync` gives all its members one state; `train` is the loop, `together` computes several shards in one
-//! pass, and `report` reports the steps; [`reduce`] sums gradients; [`commit`] applies their mean, after
+//! `state_sync` gives all its members one state; `train` is the loop, `together` computes several shards in
+//! one pass, and `report` reports the steps; [`reduce`] sums gradients; [`commit`] applies their mean, after
 //! [`finite`] judged it.
 
 pub(crate) mod checkpoint_writer;

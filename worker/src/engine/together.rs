@@ -1,10 +1,10 @@
 //! Passes over several data shards, and the proof that they may be made.
 //!
-//! A pass over neighbouring shards gives the sum of their gradients in less time than one for each. It has to have the
-//! same bits as the shards' own gradients, added up as the tree adds them, and libraries do not promise that. So the
-//! first pass over a number of shards in a phase is held against them, on the data of the run, and their sum is what
-//! is used; where a bit differs, no other such pass is made. Members of a group may so decide differently: it changes
-//! no bit.
+//! A pass over neighbouring shards gives the sum of their gradients in less time than one for each. It has to
+//! have the same bits as the shards' own gradients, added up as the tree adds them, and libraries do not
+//! promise that. So the first pass over a number of shards in a phase is held against them, on the data of
+//! the run, and their sum is what is used; where a bit differs, no other such pass is made. Members of a
+//! group may so decide differently: it changes no bit.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

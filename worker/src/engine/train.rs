@@ -59,8 +59,8 @@ impl Loaded {
         let (place, count) = (i64::from(at.shards.start - first), i64::from(at.count()));
         let own = |all: &Tensor| all.narrow(0, place, count).flatten(0, 1);
         match count {
-            // Copied: the address that they start at must not depend on how shards are dealt, since kernels may
-            // look at alignment.
+            // Copied: the address that they start at must not depend on how shards are dealt, since kernels
+            // may look at alignment.
             1 => self.by_shard.map(|all| own(all).copy()),
             _ => self.by_shard.map(own),
         }
@@ -313,8 +313,8 @@ impl Trainer {
         Prefetcher::start_with(self.data.clone(), plan, beside)
     }
 
-    /// Returns a function from a step and a batch of it to the draws of the phase that reads the batch, and of those
-    /// up to the next.
+    /// Returns a function from a step and a batch of it to the draws of the phase that reads the batch, and
+    /// of those up to the next.
     fn draws_ahead(&self, shards: Range<u32>) -> Draw {
         let model = self.model.clone();
         Box::new(move |step, batch| {

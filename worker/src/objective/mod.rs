@@ -200,8 +200,8 @@ pub trait Objective: Send + Sync {
         1
     }
 
-    /// Draws of a shard gradient that can be made ahead, by their keys, on the CPU: [`Compute::keep`] may get them.
-    /// None by default, and where they take much memory.
+    /// Draws of a shard gradient that can be made ahead, by their keys, on the CPU: [`Compute::keep`] may get
+    /// them. None by default, and where they take much memory.
     fn draws(&self, _at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
         Vec::new()
     }
@@ -306,14 +306,15 @@ pub trait Compute {
         // What is not kept is drawn when it is needed.
     }
 
-    /// Largest number of neighbouring shards whose gradients in a phase [`Compute::gradients`] sums in one pass.
+    /// Largest number of neighbouring shards whose gradients in a phase [`Compute::gradients`] sums in one
+    /// pass.
     fn most_together(&self, _phase: Phase) -> u32 {
         1
     }
 
     /// Fills `out` with the contributions of neighbouring shards to a phase, at most
-    /// [`most_together`](Compute::most_together): with the bits of [`Compute::gradient`]'s for each, summed as
-    /// leaves of a binary tree from left to right. `batch` holds the samples of all of them, in order.
+    /// [`most_together`](Compute::most_together): with the bits of [`Compute::gradient`]'s for each, summed
+    /// as leaves of a binary tree from left to right. `batch` holds the samples of all of them, in order.
     ///
     /// # Errors
     /// libtorch refused.

@@ -7,8 +7,8 @@ use crate::objective::ShardAt;
 use crate::random::{Key, Purpose};
 
 impl Gan {
-    /// All draws of a shard gradient, by their keys, but those of networks. The generator's phase finds the noise of
-    /// the discriminator's.
+    /// All draws of a shard gradient, by their keys, but those of networks. The generator's phase finds the
+    /// noise of the discriminator's.
     pub(super) fn draws_of(&self, at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
         let (job, augmentation, samples) = (&self.job, &self.job.augmentation, self.shard_batch());
         let is_discriminator = at.phase.updates.contains(DISCRIMINATOR);

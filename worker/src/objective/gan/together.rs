@@ -44,13 +44,14 @@ impl Gan {
         (ROWS / self.job.job.shard_batch.max(1)).next_power_of_two().clamp(8, 64)
     }
 
-    /// Whether the samples of so many more shards of one pass are kept for the generator's phase. The graph of a
-    /// plain network is small.
+    /// Whether the samples of so many more shards of one pass are kept for the generator's phase. The graph
+    /// of a plain network is small.
     pub(super) fn keeps_together(&self, drawn: &[FakeBatch], count: u32) -> bool {
         (kept(drawn) + count as usize) * self.shard_batch() <= KEPT_SAMPLES
     }
 
-    /// Generates the samples of neighbouring shards. Under `no_grad` they cannot begin a generator's gradient.
+    /// Generates the samples of neighbouring shards. Under `no_grad` they cannot begin a generator's
+    /// gradient.
     pub(super) fn draw_together(&self, at: &ShardsAt, state: &State, draws: &Draws) -> FakeBatch {
         let noise = at.each().map(|at| self.noise(at, draws)).collect::<Vec<_>>();
         let (parameters, buffers) = (state.trainable(GENERATOR), state.buffers(GENERATOR));
