@@ -45,10 +45,12 @@ fn on_terminal(command: &Command, kind: &str, width: usize) -> Process {
     Process::start(terminal)
 }
 
-/// Widths of the lines that were drawn over, in columns: those that end in a carriage return alone.
+/// Widths of the lines that were drawn over, in columns, in the order they were drawn in: those
+/// that end in a carriage return alone.
 fn drawn(output: &str) -> Vec<usize> {
     let plain = console::strip_ansi_codes(output).replace("\r\n", "\n");
-    let lines = plain.split('\n').flat_map(|line| line.split('\r').rev().skip(1));
+    let over = plain.split('\n').filter_map(|line| line.rsplit_once('\r'));
+    let lines = over.flat_map(|(over, _)| over.split('\r'));
     lines.map(console::measure_text_width).filter(|width| *width > 0).collect()
 }
 
