@@ -75,18 +75,16 @@ LayerSizes sizes_of(const at::Tensor& input, const at::Tensor& weight, std::int6
   return {input.size(0) / groups, input.size(1), weight.size(0)};
 }
 
-at::Tensor small_output(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope) {
-  at::Tensor out = at::empty({input.size(0), weight.size(0)}, input.options());
+void write_output(at::Tensor& out, const at::Tensor& input, const at::Tensor& weight, const float* bias, double slope) {
   const at::Tensor panel = at::empty({panel_width * input.size(1)}, input.options());
   small_products()->output(
       sizes_of(input, weight, /*groups=*/1),
       floats(input),
       floats(weight),
-      bias.defined() ? floats(bias) : nullptr,
+      bias,
       static_cast<float>(slope),
       out.mutable_data_ptr<float>(),
       panel.mutable_data_ptr<float>());
-  return out;
 }
 
 // A linear layer, perhaps with a leaky ReLU, as one node: of small batches autograd's own work takes as long
@@ -103,7 +101,9 @@ struct Linear : torch::autograd::Function<Linear> {
     const at::Tensor addend = bias.value_or(at::Tensor());
     at::Tensor out;
     if (is_small_layer(input, weight, groups)) {
-      out = small_output(input.contiguous(), weight.contiguous(), addend, slope);
+      out = at::empty({input.size(0), weight.size(0)}, input.options());
+      const float* of_row = addend.defined() ? floats(addend) : nullptr;
+      write_output(out, input.contiguous(), weight.contiguous(), of_row, slope);
     } else {
       out = multiplied(input, weight.t());
       if (addend.defined()) {
@@ -201,6 +201,32 @@ bool sums_by_groups(std::int64_t rows, std::int64_t weights) {
 }
 
 void narrow_small_products(bool narrow) { is_narrow = narrow; }
+
+bool write_small_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias) {
+  const SmallProducts* products = small_products();
+  const bool are_matrices = a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0);
+  if (products == nullptr || !are_matrices || !out.is_contiguous()) {
+    return false;
+  }
+  // One of the factors, or the product, is that of the weights: the product is then a layer's output, the
+  // gradient of its input, or of its weight.
+  const auto is_small = [](std::int64_t rows, const at::Tensor& weight) {
+    return sums_by_groups(rows, weight.numel());
+  };
+  if (a.is_contiguous() && b.t().is_contiguous() && is_small(a.size(0), b)) {
+    write_output(out, a, b.t(), bias == nullptr ? nullptr : floats(*bias), /*slope=*/1.0);
+  } else if (bias != nullptr || !b.is_contiguous()) {
+    return false;
+  } else if (a.is_contiguous() && is_small(a.size(0), b)) {
+    products->of_input({a.size(0), b.size(1), b.size(0)}, floats(a), floats(b), out.mutable_data_ptr<float>());
+  } else if (a.t().is_contiguous() && is_small(a.size(1), out)) {
+    const LayerSizes sizes{b.size(0), b.size(1), a.size(0)};
+    products->of_weight(sizes, /*groups=*/1, floats(a), floats(b), out.mutable_data_ptr<float>());
+  } else {
+    return false;
+  }
+  return true;
+}
 
 bool is_large_product(const at::Tensor& a, const at::Tensor& b) {
   // Number of weights below which libtorch's own product takes less time than the way to oneDNN's.

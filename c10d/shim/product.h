@@ -11,8 +11,13 @@ namespace c10d_shim {
 // Whether a product, also one of batches, is worth the way to oneDNN. Decided by shapes alone, never by what
 // varies from run to run: the largest of the three matrices is that of the weights, or of their gradient.
 bool is_large_product(const at::Tensor& a, const at::Tensor& b);
+// Writes a b, or a b + bias of each row, by the kernels of small_product.h if these compute it faster than
+// oneDNN; decided by shapes and strides alone. `out` is contiguous, `bias` null or (n). Returns whether it did.
+bool write_small_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias);
 // Whether the dynamic linker gives compiled graphs the products of graph_product.cc, and not libtorch's.
 bool graphs_take_our_products();
+// For a test: a product as a compiled graph has it, plus an addend, if it is defined.
+std::unique_ptr<at::Tensor> graph_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& addend);
 
 // (m, k) and (k, n) to (m, n).
 std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b);

@@ -576,6 +576,46 @@ mod tests {
         }
     }
 
+    /// Every order in which factors may lie, with sizes on both sides of every bound.
+    #[test]
+    fn a_compiled_graph_multiplies_matrices_of_any_order() {
+        let seed = 7;
+        tch::manual_seed(seed);
+        let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, tch::Device::Cpu));
+        let graph_product = |a: &Tensor, b: &Tensor, addend: &Tensor| {
+            owned(shim::graph_product(at_tensor(a), at_tensor(b), at_tensor(addend)).unwrap()).unwrap()
+        };
+        for (rows, inner, columns) in [(1, 1, 1), (3, 37, 5), (100, 70, 130), (300, 20, 300), (9, 1100, 1000)]
+        {
+            let factors = |shape: [i64; 2]| {
+                let turned = draw(&[shape[1], shape[0]]).tr();
+                [draw(&shape), turned, draw(&[shape[0], 2 * shape[1]]).slice(1, 0, None, 2)]
+            };
+            let row = draw(&[columns]);
+            let addends =
+                [row.view([1, columns]).expand([rows, columns], false), draw(&[rows, columns]), row];
+            for (a, b) in factors([rows, inner])
+                .iter()
+                .flat_map(|a| factors([inner, columns]).map(|b| (a.shallow_clone(), b)))
+            {
+                let exact = a.to_kind(Kind::Double).matmul(&b.to_kind(Kind::Double));
+                let is_near = |ours: &Tensor, addend: Option<&Tensor>| {
+                    let exact = addend.map_or(exact.shallow_clone(), |addend| &exact + addend);
+                    let apart = (ours.to_kind(Kind::Double) - &exact).abs().max() / exact.abs().max();
+                    assert!(apart.double_value(&[]) < 1e-5, "{rows} x {inner} x {columns}, seed {seed}");
+                };
+                is_near(&graph_product(&a, &b, &Tensor::new()), None);
+                for addend in &addends {
+                    is_near(&graph_product(&a, &b, addend), Some(addend));
+                }
+            }
+        }
+        // A small layer's bits are those that a job without a package has.
+        let [input, weight, bias] = [draw(&[16, 100]), draw(&[67, 100]), draw(&[67])];
+        let ours = linear(&input, &weight, Some(&bias)).unwrap();
+        assert_eq!(bits(&graph_product(&input, &weight.tr(), &bias)), bits(&ours));
+    }
+
     #[test]
     fn only_small_layers_of_single_precision_take_groups() {
         assert!(sums_by_groups(256, [1024, 1024]));

@@ -95,6 +95,8 @@ pub(crate) mod shim {
         fn sums_by_groups(rows: i64, weights: i64) -> bool;
         #[allow(dead_code)] // a test's
         fn narrow_small_products(narrow: bool);
+        #[allow(dead_code)] // a test's
+        fn graph_product(a: &Tensor, b: &Tensor, addend: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;
         fn layer_norm_backward(
