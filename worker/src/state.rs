@@ -431,6 +431,18 @@ impl State {
     /// Returns the state at update index 0: weights drawn from the seed, each average equal to its
     /// network.
     pub fn initial(layout: StateLayout, seed: u64, device: Device) -> State {
+        State::drawn(layout, seed, device, usize::MAX)
+    }
+
+    /// Returns a state like the initial one that takes less time: each tensor repeats the first numbers that
+    /// are drawn for it.
+    pub fn stand_in(layout: StateLayout, seed: u64, device: Device) -> State {
+        // A prime: rows of a matrix repeat no other row.
+        State::drawn(layout, seed, device, 65_521)
+    }
+
+    /// Returns a state whose tensors have this many drawn numbers at most, and then the same again.
+    fn drawn(layout: StateLayout, seed: u64, device: Device, most: usize) -> State {
         let state = State::zeros(layout, device);
         for (phase, sections) in (0..).zip(&state.layout.networks) {
             let weights = sections.weight_range();
@@ -441,7 +453,7 @@ impl State {
             for (shard, (spec, offset)) in (0..).zip(specs) {
                 let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
                 let start = weights.start + offset;
-                draw(&narrow(&state.flat, start..start + spec.numel()), key, spec);
+                draw(&narrow(&state.flat, start..start + spec.numel()), key, spec, most);
             }
             if let Some(average) = sections.average_range() {
                 narrow(&state.flat, average).copy_(&narrow(&state.flat, weights));
@@ -451,7 +463,7 @@ impl State {
         for (shard, (spec, offset)) in (0..).zip(state.layout.own.0.entries()) {
             let key = Key { seed, step: 0, phase, shard, purpose: Purpose::Weights };
             let start = state.layout.own.1 + offset;
-            draw(&narrow(&state.flat, start..start + spec.numel()), key, spec);
+            draw(&narrow(&state.flat, start..start + spec.numel()), key, spec, most);
         }
         state.cast();
         state
@@ -516,18 +528,24 @@ const PIECE: usize = 1 << 16;
 pub fn initial_values(key: Key, spec: &TensorSpec) -> Tensor {
     let numel = i64::try_from(spec.numel()).expect("fewer than 2^63");
     let values = Tensor::empty([numel], (Kind::Float, Device::Cpu));
-    draw(&values, key, spec);
+    draw(&values, key, spec, usize::MAX);
     values
 }
 
-/// Writes the initial values of a tensor to its place, flat.
-fn draw(place: &Tensor, key: Key, spec: &TensorSpec) {
+/// Writes the initial values of a tensor to its place, flat: so many drawn ones at most, again and again.
+fn draw(place: &Tensor, key: Key, spec: &TensorSpec, most: usize) {
     let mut stream = key.stream();
     let mut fill = |next: &mut dyn FnMut(&mut Stream, usize) -> Tensor| {
-        for start in (0..spec.numel()).step_by(PIECE) {
-            let piece = start..(start + PIECE).min(spec.numel());
+        let end = spec.numel();
+        let drawn = end.min(most);
+        for start in (0..drawn).step_by(PIECE) {
+            let piece = start..(start + PIECE).min(drawn);
             let values = next(&mut stream, piece.len());
             narrow(place, piece).copy_(&values);
+        }
+        for start in (drawn..end).step_by(most) {
+            let again = start..end.min(start + most);
+            narrow(place, again.clone()).copy_(&narrow(place, 0..again.len()));
         }
     };
     match &spec.init {

@@ -4,15 +4,14 @@
 use std::collections::HashSet;
 use std::time::Instant;
 
+use c10d::aten::fingerprint;
 use ganglion_membership::{self as membership, Passport};
 use ganglion_proto::job::Job;
-use tch::{Device, Tensor};
+use tch::Device;
 
 use crate::data::DataSet;
 use crate::device;
 use crate::engine::commit::commit;
-use crate::engine::reduce::pieces;
-use crate::nn::tensor_bytes::to_bytes;
 use crate::objective::{Model, Phase, ScalarRole, ShardAt, ShardBatch, ShardGrad, Unsuitable};
 use crate::state::{State, narrow};
 
@@ -23,9 +22,6 @@ use crate::state::{State, narrow};
 /// of the commit before and this number does not. It is no hash of the sources, so that a run can go on with
 /// a newer build that computes the same. Builds before there was this number have the first.
 pub(crate) const NUMERICS: u32 = 5;
-
-/// Floats that are hashed at once.
-const PIECE: usize = 1 << 18;
 
 /// The objective by which the machine is identified, laid out.
 ///
@@ -59,7 +55,8 @@ pub(crate) fn take(
     let items = [
         ("c_library", c10d::aten::c_library_version()?),
         ("cpu_capability", c10d::aten::cpu_capability()?),
-        ("data", hex(&data.fingerprint())),
+        // The first 16 digits: enough to tell two hashes apart, short enough to read.
+        ("data", blake3::Hash::from_bytes(data.fingerprint()).to_hex()[..16].to_string()),
         ("data_names", data.names()),
         ("device", if device.is_cuda() { "cuda" } else { "cpu" }.to_string()),
         ("hash_commit", commits),
@@ -86,7 +83,7 @@ fn hashes(
     batch: &ShardBatch,
     device: Device,
 ) -> Result<(String, String), c10d::Error> {
-    let mut gradients = blake3::Hasher::new();
+    let mut gradients = 0;
     let state = each_phase(model, seed, batch, device, |state, phase, gradient, _| {
         let layout = model.gradient(phase);
         // Diagnostics decide nothing: a build that has others computes the same bits.
@@ -95,23 +92,15 @@ fn hashes(
                 let _ = narrow(&gradient.flat, at..at + 1).zero_();
             }
         }
-        update(&mut gradients, &gradient.flat);
+        // Each seeds the next one's.
+        gradients = fingerprint(&gradient.flat, gradients)?;
         commit(model, state, phase, &gradient.flat, 0)
     })?;
-    let mut commits = blake3::Hasher::new();
-    update(&mut commits, &state.flat);
-    Ok((hex(gradients.finalize().as_bytes()), hex(commits.finalize().as_bytes())))
+    Ok((hex(gradients), hex(fingerprint(&state.flat, 0)?)))
 }
 
-/// Hashes a flat tensor piece by piece: its bytes in one would be a second state in memory.
-fn update(hasher: &mut blake3::Hasher, flat: &Tensor) {
-    for piece in pieces(flat.numel(), PIECE) {
-        hasher.update(&to_bytes(&narrow(flat, piece)));
-    }
-}
-
-/// Computes the first phase of each name once from the initial state, and hands its gradient to `then`, which
-/// may commit it, with the time at which it began; returns the state.
+/// Computes the first phase of each name once, from a [stand-in](State::stand_in) for the initial state, and
+/// hands its gradient to `then`, which may commit it, with the time at which it began; returns the state.
 ///
 /// # Errors
 /// The gradient cannot be computed, or `then` fails.
@@ -122,7 +111,7 @@ pub(crate) fn each_phase(
     device: Device,
     mut then: impl FnMut(&mut State, Phase, &ShardGrad, Instant) -> Result<(), c10d::Error>,
 ) -> Result<State, c10d::Error> {
-    let mut state = State::initial(model.layout.clone(), seed, device);
+    let mut state = State::stand_in(model.layout.clone(), seed, device);
     let mut compute = model.objective.begin();
     let mut names = HashSet::new();
     for phase in model.phases().iter().copied().filter(|phase| names.insert(model.name(*phase))) {
@@ -136,7 +125,6 @@ pub(crate) fn each_phase(
     Ok(state)
 }
 
-/// The first 16 digits: enough to tell two hashes apart, short enough to read.
-fn hex(hash: &[u8; 32]) -> String {
-    blake3::Hash::from_bytes(*hash).to_hex()[..16].to_string()
+fn hex(hash: u64) -> String {
+    format!("{hash:016x}")
 }

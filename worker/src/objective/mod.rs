@@ -251,7 +251,7 @@ pub trait Objective: Send + Sync {
     /// Number of samples by which the machine is identified, of a job with shards of `shard_batch`.
     fn probe_batch(&self, shard_batch: u32) -> u32 {
         // Enough for kernels that take several samples at a time, and little work.
-        shard_batch.min(8)
+        shard_batch.min(4)
     }
 
     /// The same objective for shards of `shard_batch` samples, with substitutes for what it knows of the

@@ -6,9 +6,12 @@ use crate::nn::Models;
 use crate::objective::gan::{GENERATOR, networks};
 
 fn layout(kind: ModelKind, side: usize) -> StateLayout {
-    let model = Model::plain(kind, 10, 8);
+    layout_of(&Model::plain(kind, 10, 8), side)
+}
+
+fn layout_of(model: &Model, side: usize) -> StateLayout {
     let shape = ImageShape { channels: 1, height: side, width: side };
-    StateLayout::new(&networks(&Models::new(&model, shape).unwrap()), &[], Precision::Fp32)
+    StateLayout::new(&networks(&Models::new(model, shape).unwrap()), &[], Precision::Fp32)
 }
 
 #[test]
@@ -34,6 +37,25 @@ fn the_initial_state_depends_on_the_seed_alone() {
     let state = |seed| State::initial(layout(ModelKind::Dcgan28, 28), seed, Device::Cpu).flat;
     assert!(state(1).equal(&state(1)));
     assert!(!state(1).equal(&state(2)));
+}
+
+#[test]
+fn a_stand_in_repeats_the_first_numbers_of_each_tensor() {
+    let layout = || layout_of(&Model::plain(ModelKind::Mlp28, 10, 200), 28);
+    let of = |make: fn(StateLayout, u64, Device) -> State| make(layout(), 1, Device::Cpu);
+    let (initial, stand_in) = (of(State::initial), of(State::stand_in));
+    let largest = initial.layout.tensors().into_iter().max_by_key(|tensor| tensor.range.len()).unwrap().range;
+    let period = 65_521;
+    assert!(largest.len() > 2 * period, "this test needs a tensor that repeats");
+    let at = |state: &State, from: usize, len: usize| {
+        let start = largest.start + from;
+        narrow(&state.flat, start..start + len)
+    };
+    assert!(at(&stand_in, 0, period).equal(&at(&initial, 0, period)));
+    assert!(!at(&stand_in, period, 1000).equal(&at(&initial, period, 1000)));
+    assert!(at(&stand_in, period, 1000).equal(&at(&stand_in, 0, 1000)));
+    let end = largest.len() - 10;
+    assert!(at(&stand_in, end, 10).equal(&at(&stand_in, end % period, 10)));
 }
 
 #[test]
