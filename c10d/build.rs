@@ -18,6 +18,7 @@ fn main() {
         "store",
         "aten",
         "product",
+        "convolution",
         "script",
         "package",
         "graph_product",

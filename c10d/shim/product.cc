@@ -35,11 +35,8 @@ const SmallProducts* small_products() {
 
 at::Tensor multiplied(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "no product of ", a.sizes(), " and ", b.sizes());
-  if (!is_large_product(a, b)) {
-    return at::mm(a, b);
-  }
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
-  matmul_into(out, a, b, /*scale=*/1.0, /*add=*/false);
+  write_product(out, a, b);
   return out;
 }
 
@@ -233,6 +230,14 @@ bool is_large_product(const at::Tensor& a, const at::Tensor& b) {
   constexpr std::int64_t few_weights = 1 << 15;
   const std::int64_t count = a.numel() / std::max<std::int64_t>(a.size(-1), 1) * b.size(-1);
   return std::max({a.numel(), b.numel(), count}) >= few_weights;
+}
+
+void write_product(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (is_ours(a, b) && is_large_product(a, b)) {
+    matmul_into(out, a, b, /*scale=*/1.0, /*add=*/false);
+  } else {
+    at::mm_out(out, a, b);
+  }
 }
 
 std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b) {

@@ -11,6 +11,8 @@ namespace c10d_shim {
 // Whether a product, also one of batches, is worth the way to oneDNN. Decided by shapes alone, never by what
 // varies from run to run: the largest of the three matrices is that of the weights, or of their gradient.
 bool is_large_product(const at::Tensor& a, const at::Tensor& b);
+// Writes a b to its place, which nothing differentiates.
+void write_product(at::Tensor out, const at::Tensor& a, const at::Tensor& b);
 // Writes a b, or a b + bias of each row, by the kernels of small_product.h if these compute it faster than
 // oneDNN; decided by shapes and strides alone. `out` is contiguous, `bias` null or (n). Returns whether it did.
 bool write_small_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias);

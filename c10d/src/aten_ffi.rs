@@ -56,6 +56,7 @@ pub(crate) mod shim {
     unsafe extern "C++" {
         include!("c10d/shim/aten.h");
         include!("c10d/shim/product.h");
+        include!("c10d/shim/convolution.h");
 
         #[namespace = "at"]
         type Tensor = crate::ffi::shim::Tensor;
@@ -97,6 +98,20 @@ pub(crate) mod shim {
         fn narrow_small_products(narrow: bool);
         #[allow(dead_code)] // a test's
         fn graph_product(a: &Tensor, b: &Tensor, addend: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn convolution(
+            input: &Tensor,
+            weight: &Tensor,
+            bias: &Tensor,
+            stride: i64,
+            padding: i64,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn transposed_convolution(
+            input: &Tensor,
+            weight: &Tensor,
+            bias: &Tensor,
+            stride: i64,
+            padding: i64,
+        ) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;
         fn layer_norm_backward(

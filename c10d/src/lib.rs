@@ -41,6 +41,7 @@ pub mod aten;
 mod aten_ffi;
 mod backend;
 mod buffer;
+pub mod convolution;
 mod core;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -1,6 +1,7 @@
 //! Building blocks of networks that are no plain lists of layers: each names its tensors and uses them in
 //! the same order.
 
+use c10d::convolution::{Grid, convolution, transposed_convolution};
 use tch::{Kind, Tensor};
 
 use super::{Init, TensorSpec};
@@ -76,6 +77,16 @@ pub(super) fn dense(x: &Tensor, weight: &Tensor, bias: &Tensor, slope: f64, shar
 /// Product of matrices.
 pub(super) fn product(a: &Tensor, b: &Tensor) -> Tensor {
     c10d::aten::product(a, b).expect("the factors fit each other")
+}
+
+/// Convolution of images, (n, inputs, h, w), with a weight, (outputs, inputs, k, k), and perhaps a bias.
+pub(super) fn convolved(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, grid: Grid) -> Tensor {
+    convolution(x, weight, bias, grid).expect("a layer's tensors fit its input")
+}
+
+/// Transposed convolution of images, (n, inputs, h, w), with a weight, (inputs, outputs, k, k), and perhaps a bias.
+pub(super) fn convolved_back(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, grid: Grid) -> Tensor {
+    transposed_convolution(x, weight, bias, grid).expect("a layer's tensors fit its input")
 }
 
 /// Casts tensors of lower precision to fp32.

@@ -4,9 +4,10 @@
 //! and those for GPUs in half precision, are faster on that. Parameters lie as PyTorch has them. No shape
 //! names the number of samples, so that a recorded network takes any.
 
+use c10d::convolution::Grid;
 use tch::Tensor;
 
-use super::pieces::{dense, in_single, linear, product};
+use super::pieces::{convolved, convolved_back, dense, in_single, linear, product};
 use super::{Init, Mode, Network, Pass, TensorSpec};
 
 /// Epsilon of batch normalisation, PyTorch's default.
@@ -188,7 +189,7 @@ pub(super) fn conv(x: &Tensor, weight: &Tensor, kernel: i64, stride: i64, paddin
         let rows = |x: &Tensor| x.permute([0, 2, 3, 1]).reshape([-1, inputs * height * width]);
         return linear(&rows(x), &rows(weight), None).view([-1, outputs, 1, 1]);
     }
-    x.conv2d(weight, None::<Tensor>, [stride, stride], [padding, padding], [1, 1], 1)
+    convolved(x, weight, None, Grid { stride, padding })
 }
 
 pub(super) fn conv_transpose(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> Tensor {
@@ -199,8 +200,7 @@ pub(super) fn conv_transpose(x: &Tensor, weight: &Tensor, stride: i64, padding: 
         let maps = product(&x.reshape([-1, inputs]), &weight.reshape([inputs, -1]));
         return channels_last(&maps.view([-1, outputs, kernel, kernel]));
     }
-    let (stride, padding) = ([stride, stride], [padding, padding]);
-    x.conv_transpose2d(weight, None::<Tensor>, stride, padding, [0, 0], 1, [1, 1])
+    convolved_back(x, weight, None, Grid { stride, padding })
 }
 
 pub(super) fn leaky_relu(mut x: Tensor, slope: f64) -> Tensor {

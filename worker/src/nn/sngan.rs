@@ -8,9 +8,10 @@
 //!    equation 3 and figure 14).
 //! 3. Initial weights are Glorot's, as in the released code.
 
+use c10d::convolution::Grid;
 use tch::Tensor;
 
-use super::pieces::{Sizes, Specs, embed, in_single, linear, root};
+use super::pieces::{Sizes, Specs, convolved, embed, in_single, linear, root};
 use super::sequential::{BATCH_NORM_MOMENTUM, channels_last, normalise};
 use super::spectral::normalised;
 use super::{Init, Network, Pass, TensorSpec};
@@ -36,8 +37,8 @@ fn add_conv(specs: &mut Specs, name: &str, inputs: i64, outputs: i64, kernel: i6
 
 fn conv(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
     // Keeps the side: 1 for a kernel of 3, 0 for one of 1.
-    let padding = weight.size()[3] / 2;
-    channels_last(x).conv2d(weight, Some(bias), [1, 1], [padding, padding], [1, 1], 1)
+    let grid = Grid { stride: 1, padding: weight.size()[3] / 2 };
+    convolved(&channels_last(x), weight, Some(bias), grid)
 }
 
 /// Cursor over a network's tensors in order, during a pass.

@@ -277,17 +277,6 @@ fn layers_are_counted_by_the_names_of_their_tensors() {
 }
 
 #[test]
-fn one_channel_is_drawn_as_by_a_transposed_convolution() {
-    let normal = |shard: u32, sizes: &[i64]| {
-        let count = usize::try_from(sizes.iter().product::<i64>()).unwrap();
-        Key { shard, ..KEY }.normal(count).view(sizes).to_kind(Kind::Double)
-    };
-    let (x, weight, bias) = (normal(1, &[3, 5, 6, 6]), normal(2, &[5, 1, 4, 4]), normal(3, &[1]));
-    let apart = vae::drawn(&channels_last(&x), &weight, &bias) - vae::upsampled(&x, &weight, &bias);
-    assert!(apart.abs().max().double_value(&[]) < 1e-12);
-}
-
-#[test]
 fn an_autoencoder_fits_images_of_any_colour_and_says_which_it_does_not() {
     let vae =
         VaeSettings { likelihood: Likelihood::Gaussian, beta: 1.0, binarise: false, importance_samples: 1 };

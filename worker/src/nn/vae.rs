@@ -6,12 +6,13 @@
 //! x sigmoid(x) (Elfwing et al., 2018; Ramachandran et al., 2017, "Swish"). There is no normalisation, so a
 //! sample's result depends on no other sample.
 
+use c10d::convolution::Grid;
 use ganglion_proto::job::{Likelihood, Model};
 use tch::Tensor;
 
 use super::models::check_shape;
-use super::pieces::{Sizes, Specs, embed, in_single, linear, product, scaled};
-use super::sequential::{channels_last, sizes};
+use super::pieces::{Sizes, Specs, convolved, convolved_back, embed, in_single, linear, scaled};
+use super::sequential::channels_last;
 use super::{Init, Network, Pass, TensorSpec, UnsuitableModel};
 use crate::data::ImageShape;
 
@@ -21,6 +22,8 @@ const GAIN: f32 = std::f32::consts::SQRT_2;
 const HIDDEN: i64 = 16;
 /// Side of a kernel.
 const KERNEL: i64 = 4;
+/// Where kernels lie on the larger map: the other's side is half of it.
+const HALVES: Grid = Grid { stride: 2, padding: 1 };
 /// Initial logarithm of the deviation of a normal pixel: that of pixels about a poor reconstruction.
 const DEVIATION: f32 = -1.5;
 
@@ -108,19 +111,8 @@ fn hidden_layer<'a>(
 }
 
 /// Doubles the sides of a map by a transposed convolution.
-pub(super) fn upsampled(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
-    x.conv_transpose2d(weight, Some(bias), [2, 2], [1, 1], [0, 0], 1, [1, 1])
-}
-
-/// The same to one channel, as a product of matrices, of which each column is added to its places: nearly
-/// twice as fast, as kernels of convolutions take several channels at once.
-pub(super) fn drawn(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
-    let [_, inputs, height, width] = sizes(x);
-    let pixels = x.permute([0, 2, 3, 1]).reshape([-1, inputs]);
-    let columns = product(&weight.view([inputs, -1]).transpose(0, 1), &pixels.transpose(0, 1));
-    let columns = columns.view([KERNEL * KERNEL, -1, height * width]).transpose(0, 1);
-    let (sides, kernel) = ([2 * height, 2 * width], [KERNEL, KERNEL]);
-    columns.col2im(sides, kernel, [1, 1], [1, 1], [2, 2]) + bias
+fn upsampled(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
+    convolved_back(x, weight, Some(bias), HALVES)
 }
 
 /// Images to the mean and the logarithm of the variance of each element of the latent vector.
@@ -158,7 +150,7 @@ impl Network for Encoder {
         let mut next = || parameters.next().expect("a tensor for each of the network's parameters");
         let mut x = channels_last(&input.to_kind(pass.kind()));
         for _ in 0..2 {
-            x = x.conv2d(next(), Some(next()), [2, 2], [1, 1], [1, 1], 1).silu();
+            x = convolved(&x, next(), Some(next()), HALVES).silu();
         }
         let x = hidden_layer(&x.flatten(1, -1), self.sizes, &mut next, pass.classes);
         in_single(&linear(&x, next(), Some(next())))
@@ -181,10 +173,7 @@ impl Decoder {
         let [features, side] = smallest(self.sizes);
         let x = linear(&x, next(), Some(next())).silu().view([-1, features, side, side]);
         let x = upsampled(&channels_last(&x), next(), next()).silu();
-        let (weight, bias) = (next(), next());
-        let one_channel = self.sizes.channels == 1;
-        let x = if one_channel { drawn(&x, weight, bias) } else { upsampled(&x, weight, bias) };
-        in_single(&x)
+        in_single(&upsampled(&x, next(), next()))
     }
 
     /// Logarithm of the likelihood of images (n, c, h, w) in [0, 1] in nats, (n), given the logits of the
