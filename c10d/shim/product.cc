@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <unordered_map>
 #include <utility>
 
 #include <ATen/ATen.h>
@@ -10,6 +11,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "aten.h"
+#include "package.h"
 #include "small_product.h"
 
 namespace c10d_shim {
@@ -21,6 +23,21 @@ using torch::autograd::variable_list;
 
 // Whether this thread's small products take vectors of 8 floats alone.
 thread_local bool is_narrow = false;
+
+// Where gradients go, by the memory of their weights.
+thread_local std::unordered_map<const void*, at::Tensor> places_of_gradients;
+
+// The place of a weight's gradient, which is taken: a further gradient of the weight is added to it, and must
+// lie elsewhere. New memory if it has none.
+at::Tensor take_place(const at::Tensor& weight) {
+  const auto known = places_of_gradients.find(weight.const_data_ptr());
+  if (known == places_of_gradients.end() || !weight.is_contiguous() || known->second.numel() != weight.numel()) {
+    return at::empty(weight.sizes(), weight.options());
+  }
+  const at::Tensor place = known->second.view(weight.sizes());
+  places_of_gradients.erase(known);
+  return place;
+}
 
 // The widest kernels that this processor has instructions for; null if it has none of them.
 const SmallProducts* small_products() {
@@ -144,8 +161,11 @@ struct Linear : torch::autograd::Function<Linear> {
     if (needs[0]) {
       of[0] = Product::apply(grad, weight);
     }
-    if (needs[1]) {
+    if (needs[1] && at::GradMode::is_enabled()) {
       of[1] = Product::apply(grad.t(), input);
+    } else if (needs[1]) {
+      of[1] = take_place(weight);
+      write_product(of[1], grad.t(), input);
     }
     if (needs[2]) {
       of[2] = grad.sum(0);
@@ -169,7 +189,7 @@ struct Linear : torch::autograd::Function<Linear> {
       products.of_input(whole, floats(grad), floats(weight), of[0].mutable_data_ptr<float>());
     }
     if (needs[1]) {
-      of[1] = place(weight.sizes());
+      of[1] = take_place(weight);
       products.of_weight(sizes, groups, floats(grad), floats(input), of[1].mutable_data_ptr<float>());
     }
     if (needs[2]) {
@@ -196,6 +216,19 @@ bool sums_by_groups(std::int64_t rows, std::int64_t weights) {
   const bool is_small = weights <= most_weights && rows <= most_rows;
   return small_products() != nullptr && is_small && weights > 0 && rows > 0;
 }
+
+void place_gradients(const TensorList& weights, const TensorList& places) {
+  for (std::size_t i = 0; i < weights.size(); i++) {
+    const auto [weight, place] = std::pair(weights.get(i), places.get(i));
+    const bool fits = weight->is_cpu() && place->is_cpu() && place->is_contiguous() &&
+        weight->scalar_type() == at::kFloat && place->scalar_type() == at::kFloat;
+    if (fits) {
+      places_of_gradients.insert_or_assign(weight->const_data_ptr(), *place);
+    }
+  }
+}
+
+void forget_places() { places_of_gradients.clear(); }
 
 void narrow_small_products(bool narrow) { is_narrow = narrow; }
 

@@ -8,6 +8,8 @@
 
 namespace c10d_shim {
 
+class TensorList;
+
 // Whether a product, also one of batches, is worth the way to oneDNN. Decided by shapes alone, never by what
 // varies from run to run: the largest of the three matrices is that of the weights, or of their gradient.
 bool is_large_product(const at::Tensor& a, const at::Tensor& b);
@@ -29,6 +31,10 @@ std::unique_ptr<at::Tensor> product(const at::Tensor& a, const at::Tensor& b);
 // binary tree.
 std::unique_ptr<at::Tensor>
 linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, double slope, std::int64_t groups);
+// Until they are forgotten, the gradient of each of these weights is written to its place, at its next use
+// in a backward pass of this thread; only that of `linear` on a CPU in fp32.
+void place_gradients(const TensorList& weights, const TensorList& places);
+void forget_places();
 // Whether a layer takes several groups of so many rows, with so many weights.
 bool sums_by_groups(std::int64_t rows, std::int64_t weights);
 // For a test: lets this thread's small products take vectors of 8 floats, as on a processor that has no wider

@@ -6,6 +6,7 @@
 //!    cuts are multiples of 16 elements: the last few elements of a slice are computed by other instructions.
 //! 3. [`norm`] depends on the tensor alone, not on the number of threads.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use tch::Tensor;
@@ -218,13 +219,47 @@ pub fn release_memory() -> Result<(), Error> {
     Ok(shim::trim_heap()?)
 }
 
-/// Copies tensors into others of their shapes: on a GPU in one launch, or a few.
+/// Copies tensors into others of their shapes: on a GPU in one launch, or a few. One that [is there
+/// already](PlacedGradients) stays.
 ///
 /// # Errors
 /// [`Error::Fatal`] if numbers or shapes of tensors differ.
 pub fn copy_all<'a>(pairs: impl Iterator<Item = (&'a mut Tensor, &'a Tensor)>) -> Result<(), Error> {
-    let (to, from) = lists(pairs)?;
+    let (to, from) = lists(pairs.filter(|(place, value)| !is_in_place(place, value)))?;
     Ok(shim::copy_all(&to, &from)?)
+}
+
+/// Whether a gradient lies in its place already.
+pub fn is_in_place(place: &Tensor, gradient: &Tensor) -> bool {
+    gradient.defined() && place.data_ptr() == gradient.data_ptr()
+}
+
+/// Backward passes of this thread, as long as it lives, write the gradients of weights straight into their
+/// places where they can: those of [`linear`] on a CPU in fp32, each once. A large gradient's own memory would
+/// be cleared by the kernel each time, which takes as long as computing it.
+#[must_use = "the gradients are placed as long as it lives"]
+#[derive(Debug)]
+pub struct PlacedGradients(PhantomData<*const ()>);
+
+impl PlacedGradients {
+    /// Gives each weight's gradient a place, a contiguous tensor of its shape, to be overwritten.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`] if libtorch fails.
+    pub fn new<'a>(
+        pairs: impl Iterator<Item = (&'a mut Tensor, &'a Tensor)>,
+    ) -> Result<PlacedGradients, Error> {
+        let (places, weights) = lists(pairs)?;
+        let placed = PlacedGradients(PhantomData);
+        shim::place_gradients(&weights, &places)?;
+        Ok(placed)
+    }
+}
+
+impl Drop for PlacedGradients {
+    fn drop(&mut self) {
+        shim::forget_places();
+    }
 }
 
 /// Adds tensors to others of their shapes, in place: on a GPU in one launch, or a few.
@@ -572,6 +607,37 @@ mod tests {
                         "{groups} groups of {rows} x {inputs} x {outputs}, narrow {narrow}, seed {seed}"
                     );
                 }
+            }
+        }
+    }
+
+    /// Of a small layer and of a large one; of a weight that is used once, and twice.
+    #[test]
+    fn a_gradient_is_written_to_its_place_once() {
+        tch::manual_seed(8);
+        let draw = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, tch::Device::Cpu));
+        for size in [50, 1100] {
+            let weight = draw(&[size, size]).set_requires_grad(true);
+            let [first, second] = [draw(&[6, size]), draw(&[6, size])];
+            let gradient = |inputs: &[&Tensor]| {
+                let outs = inputs.iter().map(|x| linear(x, &weight, None).unwrap().sum(Kind::Float));
+                let loss: Tensor = outs.sum();
+                Tensor::run_backward(&[&loss], &[&weight], false, false).swap_remove(0)
+            };
+            for inputs in [&[&first][..], &[&first, &second]] {
+                let wanted = bits(&gradient(inputs));
+                let flat = Tensor::zeros([3, size, size], (Kind::Float, tch::Device::Cpu));
+                let mut place = flat.get(1);
+                let placed = PlacedGradients::new([(&mut place, &weight)].into_iter()).unwrap();
+                let ours = gradient(inputs);
+                // A sum of two lies elsewhere, and no further gradient overwrites the first.
+                let again = gradient(inputs);
+                drop(placed);
+                assert_eq!(is_in_place(&place, &ours), inputs.len() == 1);
+                assert!(!is_in_place(&place, &again) && !is_in_place(&place, &gradient(inputs)));
+                assert_eq!([&ours, &again].map(bits), [&wanted, &wanted].map(Clone::clone));
+                copy_all([(&mut place, &ours)].into_iter()).unwrap();
+                assert_eq!(bits(&flat.get(1)), wanted);
             }
         }
     }

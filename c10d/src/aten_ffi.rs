@@ -94,6 +94,8 @@ pub(crate) mod shim {
             groups: i64,
         ) -> Result<UniquePtr<Tensor>>;
         fn sums_by_groups(rows: i64, weights: i64) -> bool;
+        fn place_gradients(weights: &TensorList, places: &TensorList) -> Result<()>;
+        fn forget_places();
         #[allow(dead_code)] // a test's
         fn narrow_small_products(narrow: bool);
         #[allow(dead_code)] // a test's

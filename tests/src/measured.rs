@@ -28,7 +28,9 @@ pub fn date() -> String {
 /// Describes this machine's cores.
 pub fn machine() -> String {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu_value(&cpus, "model name").unwrap_or("an unknown CPU");
+    let value = |name| cpu_value(&cpus, name).unwrap_or("unknown");
+    // A virtual machine's name often does not tell the generation.
+    let model = format!("{}, family {} model {}", value("model name"), value("cpu family"), value("model"));
     let units = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"];
     let units: Vec<&str> = units.into_iter().filter(|unit| has_unit(&cpus, unit)).collect();
     format!("{} cores of {model} ({})", cores(), units.join(", "))

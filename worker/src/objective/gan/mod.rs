@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use c10d::aten::{add_all, copy_all};
+use c10d::aten::{PlacedGradients, add_all, copy_all, is_in_place};
 use ganglion_proto::job::{Job, PhaseOptimizer};
 use ganglion_proto::words::counted;
 use serde_json::json;
@@ -416,12 +416,21 @@ impl Gan {
         input: Input<'_>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
+        let placed = |out: &mut ShardGrad, network, frozen| {
+            let pairs = out.gradients.iter_mut().zip(point.state.trainable(network));
+            PlacedGradients::new(pairs.skip(frozen))
+        };
         let (parts, frozen) = match input {
             Input::Samples(real, of_real, drawn) => {
-                (self.discriminator(point, real, of_real, drawn)?, self.frozen_tensors())
+                let frozen = self.frozen_tensors();
+                let _placed = placed(out, DISCRIMINATOR, frozen)?;
+                (self.discriminator(point, real, of_real, drawn)?, frozen)
             }
             // Frozen layers are the discriminator's.
-            Input::Fake(drawn, real) => (vec![self.generator(point, drawn, real)?], 0),
+            Input::Fake(drawn, real) => {
+                let _placed = placed(out, GENERATOR, 0)?;
+                (vec![self.generator(point, drawn, real)?], 0)
+            }
         };
         no_grad(|| fill(out, &parts, f64::from(self.job.job.shard_batch), frozen))?;
         Ok(())
@@ -541,12 +550,18 @@ fn is_single(parameters: &[Tensor]) -> bool {
 /// Adds the parts of a shard's gradient up, in their order. The first `frozen` tensors have no gradient: with
 /// moments of zero every optimizer leaves them exactly as they are.
 fn fill(out: &mut ShardGrad, parts: &[GradPart], batch: f64, frozen: usize) -> Result<(), c10d::Error> {
-    let mut written = vec![false; out.gradients.len()];
+    // One of a tensor's first two parts may be there already: their sum has the same bits in either order.
+    let is_there = |(at, place): (usize, &Tensor)| {
+        parts.iter().any(|part| part.gradients.get(at).is_some_and(|gradient| is_in_place(place, gradient)))
+    };
+    let mut written: Vec<bool> = out.gradients.iter().enumerate().map(is_there).collect();
     for part in parts {
         // A parameter that a part of the loss does not depend on has no gradient from that part.
         let pairs = out.gradients.iter_mut().zip(&part.gradients).zip(&mut written).skip(frozen);
+        let pairs =
+            pairs.filter(|((place, gradient), _)| gradient.defined() && !is_in_place(place, gradient));
         let (mut copied, mut added) = (Vec::new(), Vec::new());
-        for (pair, written) in pairs.filter(|((_, gradient), _)| gradient.defined()) {
+        for (pair, written) in pairs {
             // Copied at first, and not added to zeros: -0.0 + 0.0 has other bits.
             if std::mem::replace(written, true) { added.push(pair) } else { copied.push(pair) }
         }

@@ -6,6 +6,7 @@
 //!    last few numbers of a tensor in another way than the others.
 //! 2. Only plain objectives do this: samples do not see each other, and nothing but noise is drawn.
 
+use c10d::aten::PlacedGradients;
 use ganglion_proto::job::Precision;
 use tch::{Device, Tensor, no_grad};
 
@@ -122,7 +123,9 @@ impl Gan {
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
         // Each loss has the gradient 1, as in a pass of its own.
+        let placed = PlacedGradients::new(out.gradients.iter_mut().zip(parameters).skip(frozen))?;
         let gradients = Tensor::f_run_backward(&losses, parameters, false, false)?;
+        drop(placed);
         no_grad(|| {
             let of_shards = signed(losses.len());
             let scalars = tree_sum(Tensor::stack(&scalars, 0).view([of_shards, -1]));

@@ -13,6 +13,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use c10d::aten::{PlacedGradients, copy_all};
 use ganglion_proto::job::{Job, VaeSettings};
 use serde_json::json;
 use tch::{Device, Tensor, no_grad};
@@ -321,8 +322,10 @@ impl Compute for Computing<'_> {
         let loss = vae.loss(&terms).sum(None);
         let parameters: Vec<&Tensor> = weights.encoder.iter().chain(weights.decoder).collect();
         // New tensors: what autograd keeps in parameters would be added in its own order (D3).
+        let placed = PlacedGradients::new(out.gradients.iter_mut().zip(parameters.iter().copied()))?;
         let gradients = Tensor::f_run_backward(&[&loss], &parameters, false, false)?;
-        c10d::aten::copy_all(out.gradients.iter_mut().zip(&gradients))?;
+        drop(placed);
+        copy_all(out.gradients.iter_mut().zip(&gradients))?;
         no_grad(|| {
             let sums = [loss, terms.recon.sum(None), terms.kl.sum(None)];
             for (place, sum) in out.scalars.iter_mut().zip(&sums) {
