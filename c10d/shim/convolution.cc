@@ -99,7 +99,7 @@ at::Tensor lay(const at::Tensor& patches, const Places& at) {
   return image;
 }
 
-// Each is the other's gradient, so both have all derivatives. Whole numbers are kept with a graph, and no struct.
+// A graph keeps whole numbers, and no struct.
 c10::List<Index> kept(const Places& at) {
   return {at.samples, at.height, at.width, at.channels, at.kernel, at.stride, at.padding};
 }
@@ -109,8 +109,7 @@ Places places(const c10::IValue& kept) {
   return {of[0], of[1], of[2], of[3], of[4], of[5], of[6]};
 }
 
-struct Lay;
-
+// Cut and Lay are each the other's gradient, so both have all derivatives.
 struct Cut : torch::autograd::Function<Cut> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& image, const Places& at) {
     context->saved_data["places"] = kept(at);

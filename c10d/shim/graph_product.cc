@@ -1,5 +1,6 @@
 // Products of matrices in compiled graphs. They call libtorch by these C functions, and the dynamic linker
-// takes a program's own before a library's. What is computed faster neither here nor by oneDNN goes on to libtorch.
+// takes a program's own before a library's. What is computed faster neither here nor by oneDNN goes on to
+// libtorch.
 #include <dlfcn.h>
 
 #include <ATen/ATen.h>

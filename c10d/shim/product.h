@@ -16,7 +16,8 @@ bool is_large_product(const at::Tensor& a, const at::Tensor& b);
 // Writes a b to its place, which nothing differentiates.
 void write_product(at::Tensor out, const at::Tensor& a, const at::Tensor& b);
 // Writes a b, or a b + bias of each row, by the kernels of small_product.h if these compute it faster than
-// oneDNN; decided by shapes and strides alone. `out` is contiguous, `bias` null or (n). Returns whether it did.
+// oneDNN; decided by shapes and strides alone. `out` is contiguous, `bias` null or (n). Returns whether it
+// did.
 bool write_small_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias);
 // Whether the dynamic linker gives compiled graphs the products of graph_product.cc, and not libtorch's.
 bool graphs_take_our_products();

@@ -235,8 +235,8 @@ pub fn is_in_place(place: &Tensor, gradient: &Tensor) -> bool {
 }
 
 /// Backward passes of this thread, as long as it lives, write the gradients of weights straight into their
-/// places where they can: those of [`linear`] on a CPU in fp32, each once. A large gradient's own memory would
-/// be cleared by the kernel each time, which takes as long as computing it.
+/// places where they can: those of [`linear`] on a CPU in fp32, each once. A large gradient's own memory
+/// would be cleared by the kernel each time, which takes as long as computing it.
 #[must_use = "the gradients are placed as long as it lives"]
 #[derive(Debug)]
 pub struct PlacedGradients(PhantomData<*const ()>);

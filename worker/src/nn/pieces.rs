@@ -84,7 +84,8 @@ pub(super) fn convolved(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, grid
     convolution(x, weight, bias, grid).expect("a layer's tensors fit its input")
 }
 
-/// Transposed convolution of images, (n, inputs, h, w), with a weight, (inputs, outputs, k, k), and perhaps a bias.
+/// Transposed convolution of images, (n, inputs, h, w), with a weight, (inputs, outputs, k, k), and perhaps a
+/// bias.
 pub(super) fn convolved_back(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, grid: Grid) -> Tensor {
     transposed_convolution(x, weight, bias, grid).expect("a layer's tensors fit its input")
 }
