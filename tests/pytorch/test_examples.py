@@ -18,24 +18,27 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-# Steps of the training, and the objective that --small trains. The teacher of `distill` is the run of `flow_matching`.
+# Steps from one checkpoint to the next, and the objective that --small trains. The teacher of `distill` is the run of
+# `flow_matching`.
 EXAMPLES = {
-    "vae": (300, lambda example: example.VAE(width=16, latent=4)),
-    "gan": (300, lambda example: example.GAN(latent=8, width=4)),
-    "classifier": (300, lambda example: example.Classifier(width=2)),
-    "flow_matching": (60, lambda example: example.FlowMatching(width=4, levels=2, euler_steps=2)),
-    "distill": (60, lambda example: example.Distillation(example.UNet(width=4, levels=2), width=4)),
-    "stylegan2": (60, lambda example: example.StyleGAN2(width=2, levels=2, latent=8, depth=2)),
+    "vae": (100, lambda example: example.VAE(width=16, latent=4)),
+    "gan": (100, lambda example: example.GAN(latent=8, width=4)),
+    "classifier": (100, lambda example: example.Classifier(width=2)),
+    "flow_matching": (20, lambda example: example.FlowMatching(width=4, levels=2, euler_steps=2)),
+    "distill": (20, lambda example: example.Distillation(example.UNet(width=4, levels=2), width=4)),
+    "stylegan2": (20, lambda example: example.StyleGAN2(width=2, levels=2, latent=8, depth=2)),
 }
+# A number of steps that no run comes to: however fast it trains, it is stopped before its end.
+ENDLESS = 1_000_000
 LIMIT_SECONDS = 600
 # Distance of an output, relative to float64, and against that of eager PyTorch: where its terms nearly cancel, float32 has
 # no more digits either way.
 TOLERANCE, OF_EAGER = 1e-5, 2.0
 
 
-def settings(steps):
-    """Returns settings of a training that is stopped after a third of it, at the earliest."""
-    checkpoints = {"checkpoint.every_steps": steps // 3}
+def settings(every_steps):
+    """Returns settings of a training with a checkpoint every so many steps."""
+    checkpoints = {"checkpoint.every_steps": every_steps}
     return {"job.data_shards": 4, "sample.every_steps": 0, "metrics.every_steps": 1, **checkpoints}
 
 
@@ -66,9 +69,8 @@ def moved(objective):
 
 
 class Examples(InFolder):
-    def train(self, package, name, steps, **options):
-        options = {"steps": steps, "settings": settings(steps), "progress": False, **options}
-        return ganglion.train(package, run_dir=self.folder / name, **options)
+    def train(self, package, name, **options):
+        return ganglion.train(package, run_dir=self.folder / name, progress=False, **options)
 
     def until(self, run, step):
         limit = time.monotonic() + LIMIT_SECONDS
@@ -77,19 +79,20 @@ class Examples(InFolder):
             self.assertLess(time.monotonic(), limit)
             time.sleep(0.01)
 
-    def disturbed(self, package, name, steps):
+    def disturbed(self, package, name, every_steps):
         """Trains through the death of a worker, a stop and a resume."""
-        with self.train(package, name, steps, workers=2, wait=False) as run:
+        options = {"settings": settings(every_steps)}
+        with self.train(package, name, steps=ENDLESS, workers=2, wait=False, **options) as run:
             self.until(run, 1)
             worker = next(event["pid"] for event in run.events() if event["kind"] == "worker_joined")
             os.kill(worker, signal.SIGKILL)
-            self.until(run, steps // 3)
+            self.until(run, every_steps)
             run.stop()
-        self.assertLess(run.progress().step, steps, "it was stopped too late")
-        return self.train(package, name, steps, workers=3)
+        steps = run.checkpoints()[-1].step + every_steps
+        return self.train(package, name, steps=steps, workers=3, **options)
 
     def test_examples(self):
-        for name, (steps, make) in EXAMPLES.items():
+        for name, (every_steps, make) in EXAMPLES.items():
             with self.subTest(name):
                 run_dir = self.folder / "runs" / name
                 command = [sys.executable, ROOT / f"examples/{name}.py", "--small", "--steps", "4"]
@@ -103,12 +106,13 @@ class Examples(InFolder):
                 nn.utils.vector_to_parameters(moved(objective), objective.parameters())
                 for distance in ganglion.check(objective, package, quiet=True):
                     self.assertLess(distance.package, max(TOLERANCE, OF_EAGER * distance.eager), distance)
-                digests = {
-                    self.train(package, f"{name}-{workers}", steps, workers=workers).checkpoints()[-1].digest
-                    for workers in (1, 2, 3)
-                }
-                digests.add(self.disturbed(package, f"{name}-disturbed", steps).checkpoints()[-1].digest)
-                self.assertEqual(len(digests), 1, "the cluster changed the result")
+                newest = [self.disturbed(package, f"{name}-disturbed", every_steps).checkpoints()[-1]]
+                options = {"settings": settings(every_steps), "steps": newest[0].step}
+                for workers in (1, 2, 3):
+                    run = self.train(package, f"{name}-{workers}", workers=workers, **options)
+                    newest.append(run.checkpoints()[-1])
+                self.assertEqual(len({checkpoint.step for checkpoint in newest}), 1)
+                self.assertEqual(len({checkpoint.digest for checkpoint in newest}), 1, "the cluster changed the result")
 
     def test_the_notebook_runs_top_to_bottom(self):
         shown = run_notebook(ROOT / "examples/quickstart.ipynb", self.folder)
@@ -128,7 +132,7 @@ class Examples(InFolder):
         torch.manual_seed(0)
         classifier = importlib.import_module("classifier").Classifier(width=2)
         package = self.export(classifier, shard_batch=16, data=DIGITS)
-        run = self.train(package, "run", 100, data=f"idx:{images}", workers=2)
+        run = self.train(package, "run", steps=100, settings=settings(50), data=f"idx:{images}", workers=2)
 
         batch = ganglion.Batch(pixels[:, None].float() / 127.5 - 1, classes.long())
         optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
