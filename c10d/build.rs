@@ -17,8 +17,10 @@ fn main() {
         "gloo",
         "store",
         "aten",
+        "processor",
         "product",
         "convolution",
+        "transformer",
         "script",
         "package",
         "graph_product",
@@ -64,17 +66,18 @@ fn main() {
     println!("cargo:rerun-if-changed=src/aten_ffi.rs");
 }
 
-/// Compiles the kernels of small products for vectors of so many floats.
+/// Compiles the kernels for vectors of so many floats.
 fn compile_kernels(lanes: &str, instructions: &[&str]) {
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").file("shim/small_product_kernel.cc").define("LANES", lanes);
+    build.cpp(true).std("c++17").define("LANES", lanes);
+    build.files(["shim/small_product_kernel.cc", "shim/transformer_kernel.cc"]);
     // In every profile: without optimisation they take a hundred times as long. A product and an addition
     // become one instruction where the source says so, and nowhere else.
     build.opt_level(3).flag("-ffp-contract=off");
     instructions.iter().for_each(|flag| {
         build.flag(flag);
     });
-    build.compile(&format!("small_products_{lanes}"));
+    build.compile(&format!("kernels_{lanes}"));
 }
 
 /// A source that includes the others: the compiler needs far longer to read libtorch's headers than the shim.

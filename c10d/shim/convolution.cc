@@ -5,10 +5,10 @@
 #include <optional>
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/TracerMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "processor.h"
 #include "product.h"
 
 namespace c10d_shim {
@@ -58,7 +58,7 @@ void for_each_line(const Places& at, With with) {
 // Calls `with(sample)` for all samples, several at a time if there are threads for it.
 template <typename With>
 void for_each_sample(const Places& at, With with) {
-  at::parallel_for(0, at.samples, /*grain_size=*/1, [&](Index begin, Index end) {
+  for_each_part(at.samples, /*grain=*/1, [&](Index begin, Index end) {
     for (Index sample = begin; sample < end; sample++) {
       with(sample);
     }

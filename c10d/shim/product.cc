@@ -12,6 +12,7 @@
 
 #include "aten.h"
 #include "package.h"
+#include "processor.h"
 #include "small_product.h"
 
 namespace c10d_shim {
@@ -20,9 +21,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Whether this thread's small products take vectors of 8 floats alone.
-thread_local bool is_narrow = false;
 
 // Where gradients go, by the memory of their weights.
 thread_local std::unordered_map<const void*, at::Tensor> places_of_gradients;
@@ -42,9 +40,8 @@ at::Tensor take_place(const at::Tensor& weight) {
 // The widest kernels that this processor has instructions for; null if it has none of them.
 const SmallProducts* small_products() {
 #ifdef __x86_64__
-  static const bool has_wide = __builtin_cpu_supports("avx512f") != 0;
-  static const bool has_narrow = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
-  return has_wide && !is_narrow ? &small_products_16 : has_narrow ? &small_products_8 : nullptr;
+  const int lanes = vector_lanes();
+  return lanes == 16 ? &small_products_16 : lanes == 8 ? &small_products_8 : nullptr;
 #else
   return nullptr;
 #endif
@@ -229,8 +226,6 @@ void place_gradients(const TensorList& weights, const TensorList& places) {
 }
 
 void forget_places() { places_of_gradients.clear(); }
-
-void narrow_small_products(bool narrow) { is_narrow = narrow; }
 
 bool write_small_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias) {
   const SmallProducts* products = small_products();

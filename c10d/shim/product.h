@@ -38,8 +38,5 @@ void place_gradients(const TensorList& weights, const TensorList& places);
 void forget_places();
 // Whether a layer takes several groups of so many rows, with so many weights.
 bool sums_by_groups(std::int64_t rows, std::int64_t weights);
-// For a test: lets this thread's small products take vectors of 8 floats, as on a processor that has no wider
-// ones.
-void narrow_small_products(bool narrow);
 
 } // namespace c10d_shim

@@ -1,50 +1,13 @@
 // The kernels of small_product.h, compiled once for each width of a vector, LANES floats. All are one product
 // in tiles: a tile's numbers lie in registers while its terms are added.
-#include <immintrin.h>
-
 #include "small_product.h"
+#include "vector.h"
 
 namespace {
 
-#if LANES == 16
-using Vec = __m512;
-constexpr int vectors = 4;
-inline Vec zero() { return _mm512_setzero_ps(); }
-inline Vec all(float x) { return _mm512_set1_ps(x); }
-inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
-inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
-inline __mmask16 first(int n) { return static_cast<__mmask16>((1U << n) - 1U); }
-inline Vec load_first(const float* from, int n) { return _mm512_maskz_loadu_ps(first(n), from); }
-inline void store_first(float* to, Vec v, int n) { _mm512_mask_storeu_ps(to, first(n), v); }
-inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec leaky(Vec v, Vec slope) {
-  return _mm512_mask_mul_ps(v, _mm512_cmp_ps_mask(v, zero(), _CMP_NGT_UQ), v, slope);
-}
-#else
-using Vec = __m256;
-constexpr int vectors = 2;
-inline Vec zero() { return _mm256_setzero_ps(); }
-inline Vec all(float x) { return _mm256_set1_ps(x); }
-inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
-inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
-inline __m256i first(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-inline Vec load_first(const float* from, int n) { return _mm256_maskload_ps(from, first(n)); }
-inline void store_first(float* to, Vec v, int n) { _mm256_maskstore_ps(to, first(n), v); }
-inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec leaky(Vec v, Vec slope) {
-  return _mm256_blendv_ps(_mm256_mul_ps(v, slope), v, _mm256_cmp_ps(v, zero(), _CMP_GT_OQ));
-}
-#endif
-
-using Index = std::int64_t;
-
-constexpr int lanes = LANES;
 // A tile has so many rows, and so many vectors of columns: as many as there are registers for.
 constexpr int tile_rows = 6;
+constexpr int vectors = lanes == 16 ? 4 : 2;
 constexpr int tile_columns = vectors * lanes;
 static_assert(tile_columns <= c10d_shim::panel_width);
 // Heights of the binary tree over the groups.

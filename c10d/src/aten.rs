@@ -599,9 +599,9 @@ mod tests {
                 let wanted: Vec<_> = rows_of.iter().chain(&nodes[0][2..]).map(bits).collect();
                 let tensors = [input, weight, bias, grad];
                 for narrow in [false, true] {
-                    shim::narrow_small_products(narrow);
+                    shim::narrow_vectors(narrow);
                     let ours: Vec<_> = layer(&tensors, slope, groups).iter().map(bits).collect();
-                    shim::narrow_small_products(false);
+                    shim::narrow_vectors(false);
                     assert!(
                         ours == wanted,
                         "{groups} groups of {rows} x {inputs} x {outputs}, narrow {narrow}, seed {seed}"

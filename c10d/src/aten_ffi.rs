@@ -39,6 +39,13 @@ pub(crate) mod shim {
         len: usize,
     }
 
+    /// Numbers of the vectors that a transformer's heads read.
+    struct Heads {
+        samples: i64,
+        parts: i64,
+        heads: i64,
+    }
+
     /// Tensor of a TorchScript module.
     struct ScriptTensor {
         name: String,
@@ -57,6 +64,8 @@ pub(crate) mod shim {
         include!("c10d/shim/aten.h");
         include!("c10d/shim/product.h");
         include!("c10d/shim/convolution.h");
+        include!("c10d/shim/processor.h");
+        include!("c10d/shim/transformer.h");
 
         #[namespace = "at"]
         type Tensor = crate::ffi::shim::Tensor;
@@ -97,7 +106,7 @@ pub(crate) mod shim {
         fn place_gradients(weights: &TensorList, places: &TensorList) -> Result<()>;
         fn forget_places();
         #[allow(dead_code)] // a test's
-        fn narrow_small_products(narrow: bool);
+        fn narrow_vectors(narrow: bool);
         #[allow(dead_code)] // a test's
         fn graph_product(a: &Tensor, b: &Tensor, addend: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn convolution(
@@ -113,6 +122,16 @@ pub(crate) mod shim {
             bias: &Tensor,
             stride: i64,
             padding: i64,
+        ) -> Result<UniquePtr<Tensor>>;
+        fn swiglu(rows: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn swiglu_backward(rows: &Tensor, grad: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn split_heads(rows: &Tensor, cos: &Tensor, sin: &Tensor, heads: &Heads)
+        -> Result<UniquePtr<Tensor>>;
+        fn join_heads(
+            vectors: &Tensor,
+            cos: &Tensor,
+            sin: &Tensor,
+            heads: &Heads,
         ) -> Result<UniquePtr<Tensor>>;
         fn all_finite(tensor: &Tensor) -> Result<bool>;
         fn matmul_into(out: &Tensor, a: &Tensor, b: &Tensor, scale: f64, add: bool) -> Result<()>;

@@ -62,6 +62,7 @@ mod staging;
 mod store;
 mod sync;
 mod tcp_store;
+pub mod transformer;
 
 pub use backend::{live_handles, wait_for_handles};
 pub use buffer::Buffer;

@@ -17,6 +17,8 @@ mod model;
 mod optimizer;
 pub(crate) mod package;
 mod shard_grad;
+#[cfg(test)]
+pub(crate) mod test_job;
 pub(crate) mod transformer;
 pub mod vae;
 

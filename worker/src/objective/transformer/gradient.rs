@@ -3,12 +3,14 @@
 
 use c10d::Error;
 use c10d::aten::{Into, LayerNorm, matmul_into};
+use c10d::transformer::{Heads, swiglu_backward};
 
-use ganglion_proto::job::{Activation, Positions};
+use ganglion_proto::job::Activation;
 use tch::Tensor;
 
+use super::dropout::{Dropout, dropped};
 use super::network::{BlockParts, Constants, Parts};
-use super::pass::{At, Attended, BlockPass, Dropout, Network, Normalised, dropped};
+use super::pass::{At, Attended, BlockPass, Network, Normalised};
 
 /// Tokens that a shard's samples consist of, (samples, n), and those that come next.
 pub(super) struct Tokens<'a> {
@@ -97,12 +99,7 @@ impl Network<'_> {
         let of_after = linear_backward(&of_out, [after, weights.mlp_out], 1.0, places.mlp_out)?;
         let of_before = match self.sizes.activation {
             Activation::Gelu => before.gelu_backward(&of_after, "none"),
-            Activation::Swiglu => {
-                let halves = before.chunk(2, 1);
-                let [gate, value] = [&halves[0], &halves[1]];
-                let of_gate = gate.silu_backward(&(&of_after * value));
-                Tensor::cat(&[of_gate, of_after * gate.silu()], 1)
-            }
+            Activation::Swiglu => swiglu_backward(before, &of_after)?,
         };
         let of_norm =
             linear_backward(&of_before, [&pass.mlp_norm.output, weights.mlp_in], 1.0, places.mlp_in)?;
@@ -118,11 +115,10 @@ impl Network<'_> {
 
     /// Gradient of queries, keys and values, (samples x n, 3 width).
     fn attention_backward(&self, pass: &Attended, of_output: &Tensor) -> Result<Tensor, Error> {
-        let (heads, width) = (self.sizes.heads, self.sizes.head_width());
         let [query, key, value] = &pass.qkv;
-        let tokens = query.size()[1];
-        let of_output = of_output.view([-1, tokens, heads, width]).transpose(1, 2).contiguous();
-        let of_output = of_output.view([-1, tokens, width]);
+        let (tokens, width) = (query.size()[1], query.size()[2]);
+        let samples = query.size()[0] / self.sizes.heads;
+        let of_output = self.plain_heads(samples).split(of_output)?.get(0);
         let of_all = Tensor::zeros([3, query.size()[0], tokens, width], (query.kind(), query.device()));
         let [of_query, of_key, of_value] = [0, 1, 2].map(|index| of_all.get(index));
         let kind = self.kind();
@@ -145,13 +141,9 @@ impl Network<'_> {
             matmul_into(&place, Into::Write, self.scale(), [&of_scores, &first(key)])?;
             add(&of_key, self.scale(), [&of_scores.transpose(1, 2), &query])?;
         }
-        let back = |x: Tensor| self.constants.turned(x, 0, true);
-        let of_all = match self.sizes.positions {
-            Positions::Learned => of_all,
-            Positions::Rotary => Tensor::stack(&[back(of_query), back(of_key), of_value], 0),
-        };
-        let of_all = of_all.view([3, -1, heads, tokens, width]).permute([1, 3, 0, 2, 4]);
-        Ok(of_all.reshape([-1, 3 * self.sizes.width]))
+        let angles = self.constants.angles(0, tokens);
+        let heads = Heads { samples, parts: 3, heads: self.sizes.heads, angles: angles.as_ref() };
+        heads.join(&of_all)
     }
 }
 

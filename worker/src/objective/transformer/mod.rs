@@ -7,6 +7,7 @@
 
 mod choice;
 mod drawing;
+mod dropout;
 mod gradient;
 mod network;
 mod pass;
@@ -27,9 +28,10 @@ use tch::{Device, Kind, Tensor, no_grad};
 pub(crate) use self::choice::Choice;
 use self::drawing::Weights;
 pub(crate) use self::drawing::{Drawing, Pen};
+use self::dropout::Dropout;
 use self::gradient::Tokens;
 use self::network::{Constants, Parts, Sizes};
-use self::pass::{Dropout, Network};
+use self::pass::Network;
 pub(crate) use self::pixels::{Pixels, Wanted as PixelsWanted};
 pub(crate) use self::text::Prose;
 use super::batch::tokens_of;
@@ -39,7 +41,7 @@ use super::{
 };
 use crate::checkpoint::{Snapshot, WeightsFile};
 use crate::data::{DataSet, SampleShape, Text};
-use crate::random::{Key, Purpose};
+use crate::random::{Draws, Key, Purpose};
 use crate::sampling::{Sampler, TextSampler, WEIGHTS_FILE};
 use crate::state::StateLayout;
 
@@ -137,6 +139,21 @@ impl Transformer {
     fn constants(&self, device: Device) -> Constants {
         Constants::new(&self.sizes, (Kind::Float, device))
     }
+
+    /// Share of activations that is dropped in training.
+    fn dropped(&self) -> f64 {
+        self.job.model.transformer.as_ref().map_or(0.0, |settings| settings.dropout)
+    }
+
+    fn key(&self, at: ShardAt) -> Key {
+        let (seed, step, phase, shard) = (self.job.job.seed, at.step, at.phase.index, at.shard);
+        Key { seed, step, phase, shard, purpose: Purpose::Network }
+    }
+
+    /// Factors of dropout of a shard.
+    fn factors(&self, key: Key) -> Vec<Tensor> {
+        Dropout::draw(key, self.dropped(), &self.sizes, self.job.job.shard_batch.into())
+    }
 }
 
 impl Objective for Transformer {
@@ -158,8 +175,14 @@ impl Objective for Transformer {
         optimizer::moving_of_job(&self.job)
     }
 
+    fn draws(&self, at: ShardAt) -> Vec<(Key, Vec<Tensor>)> {
+        let key = self.key(at);
+        if self.dropped() > 0.0 { vec![(key, self.factors(key))] } else { Vec::new() }
+    }
+
     fn begin(&self) -> Box<dyn Compute + '_> {
-        Box::new(Training { objective: self, constants: self.constants(self.device) })
+        let constants = self.constants(self.device);
+        Box::new(Training { objective: self, constants, draws: Draws::default() })
     }
 
     fn optimizer(&self, _phase: Phase, steps: u64) -> Optimizer {
@@ -199,13 +222,19 @@ impl Objective for Transformer {
     }
 }
 
-/// Computation of one member's gradients. Nothing is kept from phase to phase but constants.
+/// Computation of one member's gradients.
 struct Training<'a> {
     objective: &'a Transformer,
     constants: Constants,
+    /// Draws that were made ahead.
+    draws: Draws,
 }
 
 impl Compute for Training<'_> {
+    fn keep(&mut self, draws: Draws) {
+        self.draws.add(draws);
+    }
+
     fn gradient(
         &mut self,
         at: ShardAt,
@@ -213,20 +242,20 @@ impl Compute for Training<'_> {
         batch: Option<&ShardBatch>,
         out: &mut ShardGrad,
     ) -> Result<(), c10d::Error> {
-        let Transformer { job, sizes, samples, .. } = self.objective;
+        let Training { objective, constants, draws } = self;
+        let Transformer { sizes, samples, device, .. } = objective;
         let [inputs, targets] = samples.tokens(batch.expect("the phase reads samples"));
-        let probability = job.model.transformer.as_ref().map_or(0.0, |settings| settings.dropout);
-        let (seed, step, phase, shard) = (job.job.seed, at.step, at.phase.index, at.shard);
-        let key = Key { seed, step, phase, shard, purpose: Purpose::Network };
-        let dropout = (probability > 0.0).then(|| Dropout { draws: key.stream(), probability });
+        let key = objective.key(at);
+        let factors = || draws.all(key, *device, || objective.factors(key));
+        let dropout = (objective.dropped() > 0.0).then(|| Dropout::new(factors()));
         let weights = Parts::new(sizes, state.frozen(NETWORK));
-        let network = Network { sizes, constants: &self.constants, weights };
+        let network = Network { sizes, constants, weights };
         no_grad(|| {
             let places = Parts::new(sizes, &out.gradients);
             let tokens = Tokens { inputs: &inputs, targets: &targets };
             let loss = network.gradient(&tokens, dropout, &places)?;
             out.scalars[0].copy_(&loss);
-            out.scalars[1].copy_(&(loss * self.objective.bits_of_a_nat));
+            out.scalars[1].copy_(&(loss * objective.bits_of_a_nat));
             Ok(())
         })
     }

@@ -174,14 +174,9 @@ impl Constants {
         }
     }
 
-    /// Turns vectors (.., tokens, head width) of the places from `past` on, or back.
-    pub(crate) fn turned(&self, x: Tensor, past: i64, back: bool) -> Tensor {
-        let Some([cos, sin]) = &self.rotary else { return x };
-        let tokens = x.size()[x.dim() - 2];
-        let [cos, sin] = [cos, sin].map(|table| table.narrow(0, past, tokens));
-        let sin = if back { -sin } else { sin };
-        let halves = x.chunk(2, -1);
-        let [a, b] = [&halves[0], &halves[1]];
-        Tensor::cat(&[a * &cos - b * &sin, b * &cos + a * &sin], -1)
+    /// Cosines and sines of `tokens` places from `past` on, where positions are rotary.
+    pub(crate) fn angles(&self, past: i64, tokens: i64) -> Option<[Tensor; 2]> {
+        let [cos, sin] = self.rotary.as_ref()?;
+        Some([cos, sin].map(|table| table.narrow(0, past, tokens)))
     }
 }

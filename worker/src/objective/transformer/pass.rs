@@ -6,12 +6,13 @@
 
 use c10d::Error;
 use c10d::aten::{Into, matmul_into};
+use c10d::transformer::{Heads, swiglu};
 
 use ganglion_proto::job::Activation;
 use tch::{Kind, Tensor};
 
+use super::dropout::{Dropout, Factors, dropped};
 use super::network::{BlockParts, Constants, Parts, Sizes};
-use crate::random::Stream;
 
 /// Epsilon of layer normalisation, PyTorch's default.
 const EPSILON: f64 = 1e-5;
@@ -21,33 +22,6 @@ pub(super) struct Network<'a> {
     pub sizes: &'a Sizes,
     pub constants: &'a Constants,
     pub weights: Parts<'a>,
-}
-
-/// Draws of dropout (Srivastava et al., 2014), in the order of the pass.
-pub(super) struct Dropout {
-    pub draws: Stream,
-    /// Probability with which an activation is dropped.
-    pub probability: f64,
-}
-
-impl Dropout {
-    /// Factors by which activations of a shape survive: 0, or the reciprocal of the probability.
-    fn factors(&mut self, of: &Tensor) -> Tensor {
-        let kept = 1.0 - self.probability;
-        let drawn = Tensor::from_slice(&self.draws.bernoulli(kept, of.numel()));
-        (drawn / kept).view(of.size().as_slice()).to_kind(of.kind()).to_device(of.device())
-    }
-}
-
-/// Factors of dropout, where there is any.
-pub(super) type Factors = Option<Tensor>;
-
-/// Multiplies by factors of dropout.
-pub(super) fn dropped(x: Tensor, factors: &Factors) -> Tensor {
-    match factors {
-        Some(factors) => x * factors,
-        None => x,
-    }
 }
 
 /// Layer normalisation with what its gradient needs.
@@ -156,7 +130,7 @@ impl Network<'_> {
             None => rows,
         };
         let rows = rows.view([-1, self.sizes.width]);
-        let factors = dropout.map(|dropout| dropout.factors(&rows));
+        let factors = dropout.map(Dropout::next);
         (dropped(rows, &factors), factors)
     }
 
@@ -177,40 +151,42 @@ impl Network<'_> {
         let weights = &self.weights.blocks[layer];
         let attention_norm = self.normalised(x, weights.attention_norm);
         let qkv = linear(&attention_norm.output, weights.qkv)?;
-        let qkv = self.split(&qkv, samples, layer, cache);
+        let qkv = self.split(&qkv, samples, layer, cache)?;
         let attended = self.attended(qkv, samples, dropout.as_deref_mut())?;
         let out = linear(&attended.output, weights.attention_out)?;
-        let attention_dropout = dropout.as_deref_mut().map(|dropout| dropout.factors(&out));
-        let x = x + dropped(out, &attention_dropout);
+        let attention_dropout = dropout.as_deref_mut().map(Dropout::next);
+        let x = dropped(out, &attention_dropout).g_add_(x);
         let mlp_norm = self.normalised(&x, weights.mlp_norm);
         let before = linear(&mlp_norm.output, weights.mlp_in)?;
         let after = match self.sizes.activation {
             Activation::Gelu => before.gelu("none"),
-            Activation::Swiglu => {
-                let halves = before.chunk(2, 1);
-                halves[0].silu() * &halves[1]
-            }
+            Activation::Swiglu => swiglu(&before)?,
         };
         let out = linear(&after, weights.mlp_out)?;
-        let mlp_dropout = dropout.map(|dropout| dropout.factors(&out));
-        let x = x + dropped(out, &mlp_dropout);
+        let mlp_dropout = dropout.map(Dropout::next);
+        let x = dropped(out, &mlp_dropout).g_add_(&x);
         let hidden = [before, after];
         Ok((x, BlockPass { attention_norm, attended, attention_dropout, mlp_norm, hidden, mlp_dropout }))
     }
 
     /// Queries of new tokens, and keys and values of all, from (samples x n, 3 width).
-    fn split(&self, qkv: &Tensor, samples: i64, layer: usize, cache: Option<&Cache>) -> [Tensor; 3] {
-        let (heads, width) = (self.sizes.heads, self.sizes.head_width());
-        let by_head = qkv.view([samples, -1, 3, heads, width]).permute([2, 0, 3, 1, 4]).contiguous();
-        let by_head = by_head.view([3, samples * heads, -1, width]);
+    fn split(
+        &self,
+        qkv: &Tensor,
+        samples: i64,
+        layer: usize,
+        cache: Option<&Cache>,
+    ) -> Result<[Tensor; 3], Error> {
         let past = cache.map_or(0, |cache| cache.past);
-        let place = |index: i64| self.constants.turned(by_head.get(index), past, false);
-        let (query, new) = (place(0), [place(1), by_head.get(2)]);
+        let angles = self.constants.angles(past, qkv.size()[0] / samples);
+        let heads = Heads { samples, parts: 3, heads: self.sizes.heads, angles: angles.as_ref() };
+        let by_head = heads.split(qkv)?;
+        let [query, key, value] = [0, 1, 2].map(|part| by_head.get(part));
         let [key, value] = match cache {
-            Some(cache) => cache.extended(layer, new),
-            None => new,
+            Some(cache) => cache.extended(layer, [key, value]),
+            None => [key, value],
         };
-        [query, key, value]
+        Ok([query, key, value])
     }
 
     /// Causal attention (Vaswani et al., 2017, equation 1).
@@ -230,14 +206,18 @@ impl Network<'_> {
             let scores = product(self.kind(), self.scale(), [&own, &key.transpose(1, 2)])?;
             self.constants.hide_future(&scores, count);
             let weights = scores.softmax(-1, scores.kind());
-            let factors = dropout.as_deref_mut().map(|dropout| dropout.factors(&weights));
+            let factors = dropout.as_deref_mut().map(Dropout::next);
             output.push(product(self.kind(), 1.0, [&dropped(weights.shallow_clone(), &factors), &value])?);
             groups.push((weights, factors));
         }
         let output = if let [whole] = &output[..] { whole.shallow_clone() } else { Tensor::cat(&output, 1) };
-        let output = output.view([samples, self.sizes.heads, queries, -1]).transpose(1, 2);
-        let output = output.reshape([samples * queries, self.sizes.width]);
+        let output = self.plain_heads(samples).join(&output.unsqueeze(0))?;
         Ok(Attended { qkv: [query, key, value], groups, output })
+    }
+
+    /// Heads of what has one vector of each token, without its place.
+    pub(crate) fn plain_heads(&self, samples: i64) -> Heads<'static> {
+        Heads { samples, parts: 1, heads: self.sizes.heads, angles: None }
     }
 
     /// Logits (n, vocabulary) for activations behind the last block.

@@ -1,16 +1,27 @@
 //! Tests of the network: its gradient, its order in time, its cache.
 
-use ganglion_proto::job::{Activation, Positions};
+use std::sync::Arc;
+
+use ganglion_proto::job::{
+    Activation, Model, ModelKind, Positions, Precision, TransformerSettings as Settings,
+};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::choice::{Choice, PLAIN};
+use super::dropout::Dropout;
 use super::gradient::Tokens;
 use super::network::{Constants, Parts, Sizes};
-use super::pass::{Cache, Dropout, Network};
+use super::pass::{Cache, Network};
+use super::pixels::Pixels;
 use super::writer::{self, Writer};
+use super::{Source, Transformer};
+use crate::data::ImageShape;
 use crate::nn::Init;
-use crate::random::{Key, Purpose};
-use crate::state::initial_values;
+use crate::nn::tensor_bytes::to_bytes;
+use crate::objective::test_job::small_job;
+use crate::objective::{Model as LaidOut, Objective, ShardAt, ShardBatch, ShardGrad};
+use crate::random::{Draws, Key, Purpose};
+use crate::state::{State, initial_values};
 
 const KEY: Key = Key { seed: 3, step: 1, phase: 0, shard: 2, purpose: Purpose::Network };
 
@@ -52,7 +63,9 @@ fn tokens(sizes: &Sizes, samples: i64, count: i64) -> [Tensor; 2] {
 
 /// Runs `check` with a network of these sizes and weights.
 fn with<T>(sizes: &Sizes, weights: &[Tensor], check: impl FnOnce(&Network<'_>) -> T) -> T {
-    let constants = Constants::new(sizes, (weights[0].kind(), Device::Cpu));
+    // Of the kind of what stays exact, as activations are.
+    let kind = weights.last().expect("the last normalisation").kind();
+    let constants = Constants::new(sizes, (kind, Device::Cpu));
     let network = Network { sizes, constants: &constants, weights: Parts::new(sizes, weights) };
     no_grad(|| check(&network))
 }
@@ -69,7 +82,10 @@ fn gradient(sizes: &Sizes, weights: &[Tensor], tokens: &[Tensor; 2], dropout: f6
             })
         })
         .collect();
-    let dropout = (dropout > 0.0).then(|| Dropout { draws: KEY.stream(), probability: dropout });
+    let kind = places.last().expect("the last normalisation").kind();
+    let factors = || Dropout::draw(KEY, dropout, sizes, tokens[0].size()[0]);
+    let dropout = (dropout > 0.0)
+        .then(|| Dropout::new(factors().into_iter().map(|factors| factors.to_kind(kind)).collect()));
     let tokens = Tokens { inputs: &tokens[0], targets: &tokens[1] };
     let loss = with(sizes, weights, |network| {
         network.gradient(&tokens, dropout, &Parts::new(sizes, &places)).unwrap()
@@ -216,5 +232,43 @@ fn cached_logits_are_the_uncached_ones() {
                 }
             }
         });
+    }
+}
+
+/// A transformer over images of 8 x 8 pixels with 11 levels, that drops some activations.
+fn of_pixels(sizes: Sizes) -> Transformer {
+    let (positions, activation) = (sizes.positions, sizes.activation);
+    let settings = Settings { layers: 2, heads: 2, positions, activation, dropout: 0.3, levels: Some(11) };
+    let job = small_job(Model { transformer: Some(settings), ..Model::plain(ModelKind::Transformer, 0, 8) });
+    let shape = ImageShape { channels: 1, height: 8, width: 8 };
+    let samples = Source::Pixels(Pixels::new(shape, 11, 0, Vec::new()));
+    Transformer { job, sizes, samples, bits_of_a_nat: 1.0, device: Device::Cpu }
+}
+
+#[test]
+fn draws_made_ahead_change_no_bit_and_are_used() {
+    let transformer = of_pixels(Sizes { context: 64, inputs: 12, ..forms().swap_remove(2) });
+    let laid_out = LaidOut::new(Arc::new(transformer.clone()), Precision::Fp32).unwrap();
+    let state = State::initial(laid_out.layout.clone(), 3, Device::Cpu);
+    let phase = laid_out.phases()[0];
+    let at = ShardAt { phase, step: 2, shard: 1 };
+    let images = KEY.uniform(-1.0, 1.0, 3 * 64).view([3, 1, 8, 8]);
+    let batch = ShardBatch::of_images(images, None);
+    let gradient = |draws: Vec<(Key, Vec<Tensor>)>| {
+        let layout = laid_out.gradient(phase);
+        let mut out = ShardGrad::new(layout, layout.len(), Device::Cpu);
+        let mut compute = Objective::begin(&transformer);
+        compute.keep(Draws::of(draws));
+        compute.gradient(at, &state, Some(&batch), &mut out).unwrap();
+        to_bytes(&out.flat)
+    };
+    let wanted = gradient(Vec::new());
+    assert!(gradient(transformer.draws(at)) == wanted);
+    let count = transformer.draws(at)[0].1.len();
+    assert_eq!(count, 1 + 2 * 3, "of embeddings, and of two blocks");
+    for changed in 0..count {
+        let mut draws = transformer.draws(at);
+        draws[0].1[changed] = draws[0].1[changed].flip([0]);
+        assert!(gradient(draws) != wanted, "nobody uses the draws of {changed}");
     }
 }

@@ -7,6 +7,7 @@ use super::*;
 use crate::data::ImageShape;
 use crate::nn::TensorSpec;
 use crate::nn::tensor_bytes::to_bytes;
+use crate::objective::test_job::small_job;
 use crate::objective::{Model as LaidOut, Samples};
 use crate::state::{initial_values, narrow};
 
@@ -21,67 +22,7 @@ fn vae(settings: VaeSettings, classes: u32) -> Vae {
     let vae = Some(settings);
     let conditional = classes > 0;
     let model = Model { vae, conditional, ..Model::plain(ModelKind::Vae28, 4, 1) };
-    let text = r#"
-        [job]
-        name = "small"
-        seed = 3
-        steps = 4
-        data_shards = 2
-        shard_batch = 3
-        threads = 1
-        failure_deadline = 5.0
-        non_finite = "skip"
-        precision = "fp32"
-        reduction = "tree"
-        deterministic = true
-        [data]
-        kind = "mnist-10k"
-        channels = 1
-        [model]
-        kind = "vae-28"
-        latent_dim = 4
-        width = 1
-        ema_half_life_images = 1
-        ema_schedule = "ramp-up"
-        conditional = false
-        [loss]
-        likelihood = "bernoulli"
-        beta = 1.0
-        binarise = false
-        [optimizer]
-        kind = "adam"
-        learning_rate = 0.001
-        beta1 = 0.9
-        beta2 = 0.999
-        epsilon = 1e-8
-        decay_images = 0
-        final_learning_rate = 0.001
-        final_beta2 = 0.999
-        [checkpoint]
-        every_steps = 0
-        every_epochs = 0
-        keep_last = 0
-        [sample]
-        every_steps = 0
-        count = 1
-        [metrics]
-        every_steps = 1
-        [evaluation]
-        every_steps = 0
-        with_checkpoints = false
-        samples = 10
-        reference = 10
-        features = "auto"
-        best_by = "auto"
-        importance_samples = 1
-        [alarms]
-        policy = "warn"
-        after_images = 1
-        collapse = 0.3
-        overfitting = 0.8
-        saturated_rows = 1
-    "#;
-    let job = Job { model, ..Job::from_toml(text).unwrap() };
+    let job = small_job(model);
     let shape = ImageShape { channels: 1, height: 28, width: 28 };
     let networks = Autoencoder::new(&job.model, shape, classes).unwrap();
     Vae::new(&job, networks, Vec::new(), Device::Cpu)
