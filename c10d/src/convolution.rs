@@ -2,8 +2,9 @@
 //!
 //! Kernels of libraries for CPUs compute 16 channels at once, also where there is one: ten times as long as
 //! it takes. So there an image of at most 4 channels is laid from patches, or cut into them where its
-//! gradient is wanted, and the rest is a product of matrices. Elsewhere, and in a program that is recorded,
-//! convolutions are libtorch's. All have all derivatives.
+//! gradient is wanted, and the rest is a product of matrices. So is the gradient of a large weight in bf16
+//! over small maps. Elsewhere, and in a program that is recorded, convolutions are libtorch's. All have all
+//! derivatives.
 
 use tch::Tensor;
 
@@ -81,24 +82,25 @@ mod tests {
         }
     }
 
+    /// Not drawn: other tests draw from the same generator meanwhile.
+    fn numbers(shape: &[i64]) -> Tensor {
+        let count = shape.iter().product::<i64>();
+        (Tensor::arange(count, (Kind::Double, Device::Cpu)).square() * 0.37 + 1.0).sin().view(shape)
+    }
+
     /// Against libtorch's own, with few channels on either side and with many, on grids whose kernel reaches
     /// beyond the image, and on others.
     #[test]
     fn convolutions_have_all_derivatives() {
-        // Not drawn: other tests draw from the same generator meanwhile.
-        let draw = |shape: &[i64]| {
-            let count = shape.iter().product::<i64>();
-            (Tensor::arange(count, (Kind::Double, Device::Cpu)).square() * 0.37 + 1.0).sin().view(shape)
-        };
         for (inputs, outputs) in [(1, 6), (6, 1), (3, 4), (5, 7)] {
             for (kernel, stride, padding) in [(4, 2, 1), (3, 1, 1), (5, 3, 0), (3, 1, 2), (2, 1, 1)] {
                 let grid = Grid { stride, padding };
                 let what = format!("{inputs} to {outputs}, kernel {kernel}, {grid:?}");
                 let (strides, paddings) = ([stride, stride], [padding, padding]);
-                let image = draw(&[3, inputs, 8, 11]).contiguous();
-                let bias = draw(&[outputs]);
+                let image = numbers(&[3, inputs, 8, 11]);
+                let bias = numbers(&[outputs]);
                 let plain =
-                    [&image, &draw(&[outputs, inputs, kernel, kernel]), &bias].map(Tensor::shallow_clone);
+                    [&image, &numbers(&[outputs, inputs, kernel, kernel]), &bias].map(Tensor::shallow_clone);
                 let exact = all(&plain, Kind::Double, &|x| {
                     x[0].conv2d(&x[1], Some(&x[2]), strides, paddings, [1, 1], 1)
                 });
@@ -106,7 +108,7 @@ mod tests {
                 are_near(&all(&plain, Kind::Double, &ours), &exact, 1e-12, &what);
                 are_near(&all(&plain, Kind::Float, &ours), &exact, 1e-5, &what);
                 let turned =
-                    [&image, &draw(&[inputs, outputs, kernel, kernel]), &bias].map(Tensor::shallow_clone);
+                    [&image, &numbers(&[inputs, outputs, kernel, kernel]), &bias].map(Tensor::shallow_clone);
                 let exact = all(&turned, Kind::Double, &|x| {
                     x[0].conv_transpose2d(&x[1], Some(&x[2]), strides, paddings, [0, 0], 1, [1, 1])
                 });
@@ -115,6 +117,26 @@ mod tests {
                 are_near(&all(&turned, Kind::Float, &ours), &exact, 1e-5, &format!("{what}, transposed"));
             }
         }
+    }
+
+    /// In bf16, where its gradient is a product with patches.
+    #[test]
+    fn a_large_weight_over_small_maps_has_all_derivatives() {
+        let grid = Grid { stride: 2, padding: 1 };
+        let (image, weight) = (numbers(&[3, 64, 8, 8]), numbers(&[512, 64, 4, 4]) / 32.0);
+        let tensors = [image, weight].map(|x| x.to_kind(Kind::BFloat16));
+        let exact =
+            all(&tensors, Kind::Double, &|x| x[0].conv2d(&x[1], None::<&Tensor>, [2, 2], [1, 1], [1, 1], 1));
+        let ours = |x: &[Tensor]| convolution(&x[0], &x[1], None, grid).unwrap();
+        are_near(&all(&tensors, Kind::BFloat16, &ours), &exact, 0.02, "bf16");
+        let tensors = [numbers(&[3, 512, 4, 4]).to_kind(Kind::BFloat16), tensors[1].shallow_clone()];
+        let exact = all(&tensors, Kind::Double, &|x| {
+            x[0].conv_transpose2d(&x[1], None::<&Tensor>, [2, 2], [1, 1], [0, 0], 1, [1, 1])
+        });
+        let ours = |x: &[Tensor]| transposed_convolution(&x[0], &x[1], None, grid).unwrap();
+        are_near(&all(&tensors, Kind::BFloat16, &ours), &exact, 0.02, "bf16, transposed");
+        let grid = Grid { stride: 0, padding: 1 };
+        assert!(matches!(convolution(&tensors[0], &tensors[1], None, grid), Err(Error::Fatal(_))));
     }
 
     /// Half precision, the order of the channels, and the bits with more threads.
