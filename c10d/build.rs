@@ -74,6 +74,8 @@ fn compile_kernels(lanes: &str, instructions: &[&str]) {
     // In every profile: without optimisation they take a hundred times as long. A product and an addition
     // become one instruction where the source says so, and nowhere else.
     build.opt_level(3).flag("-ffp-contract=off");
+    // The compiler's own intrinsics begin with a variable that has no value.
+    build.flag_if_supported("-Wno-uninitialized").flag_if_supported("-Wno-maybe-uninitialized");
     instructions.iter().for_each(|flag| {
         build.flag(flag);
     });
