@@ -44,7 +44,8 @@ impl Together {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Computes the sum of the gradients of shards, in buffers that `buffer` returns.
+    /// Computes the sum of the gradients of shards, in buffers that `buffer` returns for a shard: the sum in
+    /// that of the first.
     ///
     /// # Errors
     /// libtorch refused.
@@ -53,7 +54,7 @@ impl Together {
         at: &ShardsAt,
         inputs: &Inputs<'_>,
         compute: &mut dyn Compute,
-        buffer: &mut dyn FnMut() -> ShardGrad,
+        buffer: &mut dyn FnMut(u32) -> ShardGrad,
     ) -> Result<ShardGrad, c10d::Error> {
         let key = (at.phase.index, at.count());
         let known = self.known().get(&key).copied();
@@ -63,7 +64,7 @@ impl Together {
         }
         let samples = (inputs.samples)(at);
         if known == Some(true) {
-            let mut sum = buffer();
+            let mut sum = buffer(at.shards.start);
             compute.gradients(at, inputs.state, samples.as_ref(), &mut sum)?;
             return Ok(sum);
         }
@@ -88,12 +89,12 @@ fn sum_of_each(
     at: &ShardsAt,
     inputs: &Inputs<'_>,
     compute: &mut dyn Compute,
-    buffer: &mut dyn FnMut() -> ShardGrad,
+    buffer: &mut dyn FnMut(u32) -> ShardGrad,
 ) -> Result<ShardGrad, c10d::Error> {
     let mut tree = TreeSum::new(at.count());
     for (leaf, ShardAt { shard, .. }) in (0..).zip(at.each()) {
         let own = ShardsAt { shards: shard..shard + 1, ..at.clone() };
-        let mut gradient = buffer();
+        let mut gradient = buffer(shard);
         compute.gradient(own.first(), inputs.state, (inputs.samples)(&own).as_ref(), &mut gradient)?;
         tree.push(Node::leaf(leaf), gradient);
     }
@@ -166,7 +167,7 @@ mod tests {
         let inputs = Inputs { state: &state, samples: &|_| None, layout: &layout, device };
         let at = ShardsAt { phase: phase(), step: 0, shards: 4..6 };
         let sum = |_| {
-            let mut buffer = || ShardGrad::new(&layout, layout.len(), device);
+            let mut buffer = |_| ShardGrad::new(&layout, layout.len(), device);
             let sum = together.sum(&at, &inputs, compute, &mut buffer).unwrap();
             Vec::<f32>::try_from(&sum.flat).unwrap()[0]
         };

@@ -194,12 +194,12 @@ impl Trainer {
         let most = if runs && log.is_none() { course.compute.most_together(phase) } else { 1 };
         for node in nodes_of(shards.clone(), data_shards, self.together.most(most)) {
             let at = ShardsAt { phase, step, shards: node.leaves(data_shards) };
-            let mut buffer = || all_reduce.buffer(layout);
+            let mut buffer = |shard| all_reduce.buffer(layout, shard);
             let gradient = if runs {
                 let sum = self.together.sum(&at, &inputs, &mut *course.compute, &mut buffer);
                 sum.map_err(TeamError::Compute)?
             } else {
-                buffer()
+                buffer(at.shards.start)
             };
             if let Some(log) = log.filter(|_| runs) {
                 log.record(position.0, at.first(), self.model.name(phase), &gradient)?;

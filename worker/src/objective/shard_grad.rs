@@ -230,13 +230,15 @@ impl ShardGrad {
         let views = |range| layout.buffers.views(&narrow(&flat, range));
         let statistics: Vec<Tensor> = layout.statistics().flat_map(views).collect();
         let scalars = scalars(&flat, layout);
-        // Also the gaps are summed, sent and committed; a state's must stay zero.
-        no_grad(|| {
-            layout.gaps(capacity).for_each(|gap| {
-                let _ = narrow(&flat, gap).zero_();
-            });
-        });
+        clear_gaps(&flat, layout);
         ShardGrad { flat, memory, gradients, statistics, scalars }
+    }
+
+    /// The same buffer for gradients of an alike layout, if something else lay in its memory meanwhile.
+    pub fn cleared_for(self, layout: &GradLayout) -> ShardGrad {
+        let cleared = self.with_scalars_of(layout);
+        clear_gaps(&cleared.flat, layout);
+        cleared
     }
 
     /// The memory, for a buffer of another layout.
@@ -256,6 +258,16 @@ impl ShardGrad {
         }
         self
     }
+}
+
+/// Clears what is no tensor's.
+fn clear_gaps(flat: &Tensor, layout: &GradLayout) {
+    // Also the gaps are summed, sent and committed; a state's must stay zero.
+    no_grad(|| {
+        layout.gaps(flat.numel()).for_each(|gap| {
+            let _ = narrow(flat, gap).zero_();
+        });
+    });
 }
 
 fn scalars(flat: &Tensor, layout: &GradLayout) -> Vec<Tensor> {

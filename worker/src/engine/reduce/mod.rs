@@ -266,9 +266,15 @@ impl AllReduce {
         Ok(())
     }
 
-    /// Returns a buffer for the gradient of a shard, of a layout that the reduce has room for.
-    pub fn buffer(&mut self, layout: &GradLayout) -> ShardGrad {
-        let Reduce { sum, mean, .. } = &mut self.reduces[self.at];
+    /// Returns a buffer for the gradient of a shard, or of it and some behind it, of a layout that the reduce
+    /// has room for.
+    pub fn buffer(&mut self, layout: &GradLayout, shard: u32) -> ShardGrad {
+        let Reduce { sum, route, mean } = &mut self.reduces[self.at];
+        if let Route::Shared(shared) = route
+            && let Some(place) = shared.place(layout, shard)
+        {
+            return place;
+        }
         // From the reduces before, once they were added. Lent memory is never among them (D6).
         if let Some(spare) = sum.spare() {
             return spare.with_scalars_of(layout);
@@ -300,7 +306,11 @@ impl AllReduce {
                 }
                 Ok(())
             }
-            Route::Shared(shared) => shared.send(&sums, header),
+            Route::Shared(shared) => {
+                // The others read them where they lie.
+                shared.send(sums, header)?.into_iter().for_each(|spare| sum.recycle(spare));
+                return Ok(());
+            }
             Route::Pair(pair) => sums.iter().try_for_each(|(_, sum)| pair.send(group, &sum.flat, header)),
             // Goes on in the sums' memory until the end of the wait.
             Route::Butterfly(butterfly) => return Ok(butterfly.send(group, sums, header)?),
@@ -376,7 +386,11 @@ impl Reduce {
         if let Route::Butterfly(butterfly) = &mut self.route {
             butterfly.sums().for_each(|sum| self.sum.recycle(sum));
         }
-        self.sum.take().into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
+        let terms = self.sum.take();
+        // Those in shared memory are no spare ones.
+        if !matches!(self.route, Route::Shared(_)) {
+            terms.into_iter().for_each(|(_, sum)| self.sum.recycle(sum));
+        }
     }
 }
 

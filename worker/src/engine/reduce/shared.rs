@@ -2,11 +2,15 @@
 //!
 //! Two ranks both compute the whole mean, in one round. More ranks finish a chunk each and read those of the
 //! others in a second round. A sum is elementwise, so neither changes a bit.
+//!
+//! A rank's sums come about in its part of the memory: the gradient of the first shard under a node is
+//! written there, and those of the others are added to it.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use c10d::aten::is_in_place;
 use c10d::shared::Exchange;
 use c10d::{Error, Group};
 use ganglion_proto::failpoint;
@@ -15,7 +19,7 @@ use tch::{Tensor, no_grad};
 use super::butterfly::Butterfly;
 use super::header::Header;
 use super::tree::{Node, Summand, TreeSum, cover};
-use super::{Mean, ShardGrad, ShardMap, chunk_of};
+use super::{GradLayout, Mean, ShardGrad, ShardMap, chunk_of};
 use crate::engine::profile::{Laps, Part};
 use crate::state::{ALIGNMENT, align, narrow};
 
@@ -123,6 +127,8 @@ pub(super) struct Shared {
     nodes: Vec<Vec<Node>>,
     /// Number of floats in a sum. The header follows the last one.
     pub(super) len: usize,
+    /// Gradients over this rank's memory, for later rounds.
+    kept: Vec<ShardGrad>,
 }
 
 impl Shared {
@@ -130,21 +136,46 @@ impl Shared {
     pub(super) fn new(memory: Memory, shards: ShardMap, len: usize) -> Shared {
         let nodes = shards.ranges.iter().map(|range| cover(range.clone(), shards.data_shards)).collect();
         let len = padded(&shards, len);
-        Shared { memory, shards, nodes, len }
+        Shared { memory, shards, nodes, len, kept: Vec::new() }
     }
 
-    /// Publishes this rank's sums and header.
-    pub(super) fn send(&self, sums: &[(Node, ShardGrad)], header: Header) -> Result<(), Error> {
-        let exchange = self.memory.lock();
-        let slot = exchange.own()?;
+    /// Buffer for the gradient of a shard in the round under way, if it is the first one under a node whose
+    /// sum is published: there that sum comes about.
+    pub(super) fn place(&mut self, layout: &GradLayout, shard: u32) -> Option<ShardGrad> {
+        let is_first = |node: &Node| node.leaves(self.shards.data_shards).start == shard;
+        let place = self.nodes[self.shards.rank].iter().position(is_first)?;
+        let memory = place_of(&self.memory.lock().own().ok()?, place, self.len);
+        let kept = self.kept.iter().position(|kept| is_in_place(&memory, &kept.flat));
+        // Reduces of other layouts use the memory too.
+        Some(match kept {
+            Some(at) => self.kept.swap_remove(at).cleared_for(layout),
+            None => ShardGrad::over(layout, memory, self.len),
+        })
+    }
+
+    /// Publishes this rank's sums and header. Returns sums that lie in other memory.
+    pub(super) fn send(
+        &mut self,
+        sums: Vec<(Node, ShardGrad)>,
+        header: Header,
+    ) -> Result<Vec<ShardGrad>, Error> {
+        let Shared { memory, len, kept, .. } = self;
+        let slot = memory.lock().own()?;
+        let mut others = Vec::new();
         no_grad(|| {
-            for (place, (_, sum)) in sums.iter().enumerate() {
-                narrow(&slot, place * self.len..(place + 1) * self.len).copy_(&sum.flat);
+            for (place, (_, sum)) in sums.into_iter().enumerate() {
+                let mut place = place_of(&slot, place, *len);
+                if is_in_place(&place, &sum.flat) {
+                    kept.push(sum);
+                } else {
+                    place.copy_(&sum.flat);
+                    others.push(sum);
+                }
             }
-            self.header_of(&slot, self.shards.rank).copy_(&header.to_tensor());
         });
-        exchange.publish();
-        Ok(())
+        self.header_of(&slot, self.shards.rank).copy_(&header.to_tensor());
+        self.memory.lock().publish();
+        Ok(others)
     }
 
     /// Waits for the sums of all ranks, and computes the mean. Returns the headers, one a row.
@@ -198,16 +229,20 @@ impl Shared {
 
     /// Writes a part of the mean.
     fn mean_of(&self, slots: &[Tensor], part: &Range<usize>, mean: &Mean) {
+        let own = narrow(&mean.flat, part.clone());
         let mut sum = TreeSum::new(self.shards.data_shards);
+        // The sum of all comes about where that of the first ones does.
+        let mut room = Some(own.shallow_clone());
         for (nodes, slot) in self.nodes.iter().zip(slots) {
             for (place, node) in nodes.iter().enumerate() {
                 let start = place * self.len;
-                sum.push(*node, Row::Read(narrow(slot, start + part.start..start + part.end)));
+                let read = narrow(slot, start + part.start..start + part.end);
+                sum.push(*node, Row::Read(read, room.take()));
             }
         }
         let root = sum.take().pop().expect("all ranks' nodes are the whole tree").1;
         // A true division, by a tensor, as in the other routes.
-        let _ = root.tensor().divide_out(&narrow(&mean.flat, part.clone()), &mean.divisor);
+        let _ = root.tensor().divide_out(&own, &mean.divisor);
     }
 
     fn header_of(&self, slot: &Tensor, rank: usize) -> Tensor {
@@ -216,17 +251,22 @@ impl Shared {
     }
 }
 
+/// Place of a sum of `len` floats in this rank's slot, by the index of its node.
+fn place_of(slot: &Tensor, index: usize, len: usize) -> Tensor {
+    narrow(slot, index * len..(index + 1) * len)
+}
+
 /// Term of the sum over all ranks.
 enum Row {
-    /// In memory of the ranks, which nobody may write.
-    Read(Tensor),
+    /// In memory of the ranks, which nobody may write; and memory for the first sum with it, if it is not new.
+    Read(Tensor, Option<Tensor>),
     /// Sum of some.
     Sum(Tensor),
 }
 
 impl Row {
     fn tensor(&self) -> &Tensor {
-        let (Row::Read(tensor) | Row::Sum(tensor)) = self;
+        let (Row::Read(tensor, _) | Row::Sum(tensor)) = self;
         tensor
     }
 }
@@ -235,7 +275,10 @@ impl Summand for Row {
     fn add(&mut self, right: &Row) {
         let right = right.tensor();
         match self {
-            Row::Read(left) => *self = Row::Sum(&*left + right),
+            Row::Read(left, room) => {
+                let sum = room.take().map_or_else(|| &*left + right, |room| left.add_out(&room, right));
+                *self = Row::Sum(sum);
+            }
             Row::Sum(sum) => {
                 let _ = sum.g_add_(right);
             }

@@ -33,8 +33,8 @@ pub(super) fn layout(numel: usize) -> GradLayout {
     GradLayout::new(&state, NetworkSet::of([NetworkId(0)]), &[], 1, loss)
 }
 
-/// Floats of the longest gradient of these tests.
-const LONGEST: usize = 1 << 12;
+/// Floats of the longest gradient of these tests. What is not touched takes no memory.
+const LONGEST: usize = LARGE + (1 << 12);
 
 /// Which ranks of a test share memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -131,7 +131,7 @@ fn reduce(
     let mut laps = Laps::start(Trace::off().track(1, "test"), Place { generation: 1, rank: 0 }, &["phase"]);
     all_reduce.begin(0)?;
     for shard in all_reduce.peers.shards.own() {
-        let grad = all_reduce.buffer(layout);
+        let grad = all_reduce.buffer(layout, shard);
         fill(shard, &grad.flat);
         all_reduce.add(Node::leaf(shard), grad);
     }
@@ -323,7 +323,8 @@ fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
                 let _ = narrow(out, 0..layout.len()).fill_(f64::from(at * (shard + 1)));
             };
             let reduced = reduce(&mut all_reduce, layout, Header::default(), fill).unwrap();
-            assert_eq!(all_reduce.buffer(layout).scalars.len(), layout.scalars().len());
+            let first = all_reduce.peers.shards.own().start;
+            assert_eq!(all_reduce.buffer(layout, first).scalars.len(), layout.scalars().len());
             means.push(floats(&reduced.mean, layout.scalar_range().end));
         }
         means
@@ -335,7 +336,8 @@ fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
     }
 }
 
-/// Large gradients of all layouts take turns in the same memory: none sees another's, not even in its gaps.
+/// Large gradients of all layouts take turns in the same memory, and those in memory that ranks share as well:
+/// none sees another's, not even in its gaps.
 #[test]
 fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
     let numels = [LARGE + 1, LARGE + 1000];
@@ -349,7 +351,7 @@ fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
             let layout = &layouts[index];
             all_reduce.begin(index).unwrap();
             for shard in all_reduce.peers.shards.own() {
-                let mut grad = all_reduce.buffer(layout);
+                let mut grad = all_reduce.buffer(layout, shard);
                 places[usize::from(time > 2)].push(grad.flat.data_ptr().addr());
                 let value = f64::from(time) * f64::from(shard + 1);
                 for tensor in grad.gradients.iter_mut().chain(&mut grad.scalars) {
@@ -369,8 +371,10 @@ fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
         let [first, later] = places;
         assert!(later.iter().all(|place| first.contains(place)), "a buffer was allocated anew");
     };
-    for world_size in [1, 2, 3] {
-        as_ranks(4, world_size, Over::Network, part);
+    for (world_size, over) in
+        [1, 2, 3].into_iter().flat_map(|size| OVER[..2].iter().map(move |over| (size, *over)))
+    {
+        as_ranks(4, world_size, over, part);
     }
 }
 
