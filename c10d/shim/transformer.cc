@@ -1,6 +1,8 @@
 #include "transformer.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include <ATen/ATen.h>
 

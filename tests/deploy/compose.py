@@ -31,7 +31,7 @@ from common import (
 
 IMAGE = os.environ.get("GANGLION_IMAGE", "ganglion:cpu")
 PROJECT = f"ganglion-test-{os.getpid()}"
-STEPS = 3000
+STEPS = 10_000
 SETTINGS = [
     argument
     for setting in (
@@ -41,7 +41,7 @@ SETTINGS = [
         "job.data_shards=4",
         "metrics.every_steps=10",
         "checkpoint.every_steps=1000",
-        "sample.every_steps=3000",
+        "sample.every_steps=10000",
     )
     for argument in ("--set", setting)
 ]

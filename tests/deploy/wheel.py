@@ -20,7 +20,7 @@ from pathlib import Path
 from common import LIMIT, ROOT, audit, check, digest, end, last_step, main, run, say, scratch, undisturbed, wait_for
 
 TORCH = Path(os.environ.get("LIBTORCH", ROOT / ".libtorch/torch")).resolve()
-STEPS = 300
+STEPS = 1000
 SETTINGS = ("--set", f"job.steps={STEPS}", "--set", "metrics.every_steps=10")
 
 
