@@ -1,4 +1,4 @@
-// What the processor has for kernels of our own: vectors, and threads.
+// The processor as kernels of our own see it: vectors, and threads.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ int vector_lanes();
 // For a test: lets this thread's kernels take vectors of 8 floats, as on a processor that has no wider ones.
 void narrow_vectors(bool narrow);
 
-// Calls `work(begin, end)` for parts of 0..count of at least `grain` each, on as many threads as libtorch's own
-// operations take. Its `parallel_for` is none without the compiler's OpenMP.
+// Calls `work(begin, end)` for parts of 0..count of at least `grain` each, on as many threads as libtorch's
+// own operations take. Its `parallel_for` is none without the compiler's OpenMP.
 void for_each_part(std::int64_t count, std::int64_t grain, c10::function_ref<void(std::int64_t, std::int64_t)> work);
 
 } // namespace c10d_shim

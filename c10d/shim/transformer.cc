@@ -74,6 +74,30 @@ at::Tensor turned(const at::Tensor& parts, const at::Tensor& cos, const at::Tens
   return at::cat({both, parts.narrow(0, 2, parts.size(0) - 2)}, 0);
 }
 
+// Copies the vectors of all samples from one order to the other, and turns them.
+at::Tensor copied(
+    const at::Tensor& from,
+    const std::vector<std::int64_t>& shape,
+    const HeadSizes& sizes,
+    std::int64_t samples,
+    const at::Tensor& cos,
+    const at::Tensor& sin,
+    bool joins) {
+  at::Tensor out = at::empty(shape, from.options());
+  // Floats of one sample: in rows they lie together, in parts those of a part.
+  const std::int64_t in_part = sizes.heads * sizes.tokens * sizes.width;
+  const std::int64_t in_rows = sizes.parts * in_part;
+  const std::int64_t in = joins ? in_part : in_rows;
+  const std::int64_t next = joins ? in_rows : in_part;
+  const auto copy = joins ? kernels()->join : kernels()->split;
+  for_each_rows(samples, in_rows, [&, to = out.mutable_data_ptr<float>()](std::int64_t begin, std::int64_t end) {
+    for (; begin < end; begin++) {
+      copy(sizes, samples * in_part, numbers(cos), numbers(sin), numbers(from) + begin * in, to + begin * next);
+    }
+  });
+  return out;
+}
+
 } // namespace
 
 std::unique_ptr<at::Tensor> swiglu(const at::Tensor& rows) {
@@ -114,21 +138,10 @@ split_heads(const at::Tensor& rows, const at::Tensor& cos, const at::Tensor& sin
   const HeadSizes sizes = sizes_of(rows, rows.size(0) / samples, rows.size(1) / (parts * count), cos, sin, heads);
   const std::vector<std::int64_t> shape = {parts, samples * count, sizes.tokens, sizes.width};
   if (!is_ours(rows) || !rows.is_contiguous()) {
-    const at::Tensor all = rows.view({samples, sizes.tokens, parts, count, sizes.width}).permute({2, 0, 3, 1, 4});
+    const at::Tensor all = rows.reshape({samples, sizes.tokens, parts, count, sizes.width}).permute({2, 0, 3, 1, 4});
     return std::make_unique<at::Tensor>(turned(all.reshape(shape), cos, sin));
   }
-  at::Tensor out = at::empty(shape, rows.options());
-  const auto* own = kernels();
-  const std::int64_t part = count * sizes.tokens * sizes.width;
-  const std::int64_t sample = parts * part;
-  const std::int64_t stride = samples * part;
-  for_each_rows(samples, sample, [&, to = out.mutable_data_ptr<float>()](std::int64_t begin, std::int64_t end) {
-    for (; begin < end; begin++) {
-      const float* from = numbers(rows) + begin * sample;
-      own->split(sizes, stride, numbers(cos), numbers(sin), from, to + begin * part);
-    }
-  });
-  return std::make_unique<at::Tensor>(std::move(out));
+  return std::make_unique<at::Tensor>(copied(rows, shape, sizes, heads.samples, cos, sin, /*joins=*/false));
 }
 
 std::unique_ptr<at::Tensor>
@@ -139,21 +152,10 @@ join_heads(const at::Tensor& vectors, const at::Tensor& cos, const at::Tensor& s
   const std::vector<std::int64_t> shape = {samples * sizes.tokens, parts * count * sizes.width};
   if (!is_ours(vectors) || !vectors.is_contiguous()) {
     const at::Tensor all = turned(vectors, cos, sin.defined() ? -sin : sin);
-    const at::Tensor by_sample = all.view({parts, samples, count, sizes.tokens, sizes.width});
+    const at::Tensor by_sample = all.reshape({parts, samples, count, sizes.tokens, sizes.width});
     return std::make_unique<at::Tensor>(by_sample.permute({1, 3, 0, 2, 4}).reshape(shape));
   }
-  at::Tensor out = at::empty(shape, vectors.options());
-  const auto* own = kernels();
-  const std::int64_t part = count * sizes.tokens * sizes.width;
-  const std::int64_t sample = parts * part;
-  const std::int64_t stride = samples * part;
-  for_each_rows(samples, sample, [&, to = out.mutable_data_ptr<float>()](std::int64_t begin, std::int64_t end) {
-    for (; begin < end; begin++) {
-      const float* from = numbers(vectors) + begin * part;
-      own->join(sizes, stride, numbers(cos), numbers(sin), from, to + begin * sample);
-    }
-  });
-  return std::make_unique<at::Tensor>(std::move(out));
+  return std::make_unique<at::Tensor>(copied(vectors, shape, sizes, heads.samples, cos, sin, /*joins=*/true));
 }
 
 } // namespace c10d_shim

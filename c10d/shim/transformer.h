@@ -1,5 +1,5 @@
-// What lies between the products of a transformer's block, each in one pass over memory on CPUs in fp32.
-// Elsewhere the same functions are libtorch's operations, one after the other.
+// Operations between the products of a transformer's block, each one pass over memory on CPUs in fp32.
+// Elsewhere they are several of libtorch's.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@ namespace {
 
 using c10d_shim::HeadSizes;
 
-// Calls `on(at, load, store)` for all vectors of 0..count; of the last one, that `load` and `store` touch what
+// Calls `on(at, load, store)` for all vectors of 0..count, where `load` and `store` touch of the last one what
 // is there.
 template <typename On>
 [[gnu::always_inline]] inline void for_each_vector(Index count, On on) {
@@ -25,8 +25,8 @@ template <typename On>
   }
 }
 
-// e^x with an error of 2 units in the last place, for x from -87 to 87; what lies beyond counts as its end, and
-// NaN stays NaN. By Cody and Waite's reduction, and a polynomial in what remains of x, from -ln(2)/2 to ln(2)/2
+// e^x with an error of 2 units in the last place, for x from -87 to 87; beyond, that of the nearer end. NaN
+// stays NaN. By Cody and Waite's reduction, and a polynomial in the rest of x, from -ln(2)/2 to ln(2)/2
 // (Cephes, expf).
 inline Vec exponential(Vec x) {
   x = smaller(all(87.0F), larger(all(-87.0F), x));

@@ -21,8 +21,8 @@ struct TransformerKernels {
   void (*swiglu)(std::int64_t n, std::int64_t hidden, const float* rows, float* out);
   // Out has the shape of the rows, and grad that of their output.
   void (*swiglu_backward)(std::int64_t n, std::int64_t hidden, const float* rows, const float* grad, float* out);
-  // The vectors of one sample, (tokens, parts, heads, width), to (parts, heads, tokens, width), of which a part
-  // begins `stride` floats after the one before. Cosines and sines are null where nothing is turned.
+  // The vectors of one sample, (tokens, parts, heads, width), to (parts, heads, tokens, width), of which a
+  // part begins `stride` floats after the one before. Cosines and sines are null where nothing is turned.
   void (*split)(
       const HeadSizes& sizes,
       std::int64_t stride,

@@ -1,4 +1,4 @@
-//! What lies between the products of a transformer's block.
+//! Operations between the products of a transformer's block.
 //!
 //! 1. Each function is one pass over memory on CPUs in fp32, and libtorch's operations elsewhere.
 //! 2. A number's bits depend on its own arguments, not on the number of threads.
@@ -52,8 +52,8 @@ impl Heads<'_> {
         self.with(|cos, sin, heads| owned(shim::split_heads(at_tensor(rows), cos, sin, heads)?))
     }
 
-    /// Brings vectors of heads, (parts, samples heads, tokens, width), into the order of rows, (samples tokens,
-    /// parts heads width), and turns them back: the gradient of [`Heads::split`].
+    /// Brings vectors of heads, (parts, samples heads, tokens, width), into the order of rows, (samples
+    /// tokens, parts heads width), and turns them back: the gradient of [`Heads::split`].
     ///
     /// # Errors
     /// As for [`Heads::split`].

@@ -258,7 +258,7 @@ fn place_of(slot: &Tensor, index: usize, len: usize) -> Tensor {
 
 /// Term of the sum over all ranks.
 enum Row {
-    /// In memory of the ranks, which nobody may write; and memory for the first sum with it, if it is not new.
+    /// In memory of the ranks, which nobody may write; and memory for a sum with it, where there is some.
     Read(Tensor, Option<Tensor>),
     /// Sum of some.
     Sum(Tensor),

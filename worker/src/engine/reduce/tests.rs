@@ -336,8 +336,8 @@ fn gradients_that_are_alike_but_for_their_scalars_share_a_reduce() {
     }
 }
 
-/// Large gradients of all layouts take turns in the same memory, and those in memory that ranks share as well:
-/// none sees another's, not even in its gaps.
+/// Large gradients of all layouts take turns in the same memory, as do those in memory that ranks share: none
+/// sees another's, not even in its gaps.
 #[test]
 fn large_gradients_of_different_layouts_share_memory_and_nothing_else() {
     let numels = [LARGE + 1, LARGE + 1000];
