@@ -72,14 +72,29 @@ impl Shell {
         let step = furthest / self.job.phases_per_step().max(1) + 1;
         let members = self.machine.group().map_or(0, |group| group.members.len());
         let last = self.machine.samples().or(self.samples).map(|samples| self.job.last_step(samples));
-        let of = last.map(|last| format!(" of {last}")).unwrap_or_default();
-        Some(format!("computing step {step}{of}, workers {members}"))
+        Some(at_work(step, last, members))
+    }
+}
+
+/// Line of workers that have committed all before a step, of a run with `last` steps.
+fn at_work(step: u64, last: Option<u64>, members: usize) -> String {
+    match last {
+        Some(last) if step > last => "waiting for evaluations, after the last step".to_string(),
+        Some(last) => format!("computing step {step} of {last}, workers {members}"),
+        None => format!("computing step {step}, workers {members}"),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_step_behind_the_last_one_is_computed() {
+        assert_eq!(at_work(300, Some(300), 2), "computing step 300 of 300, workers 2");
+        assert_eq!(at_work(300, None, 2), "computing step 300, workers 2");
+        assert!(at_work(301, Some(300), 2).starts_with("waiting for evaluations"));
+    }
 
     #[test]
     fn a_line_that_stays_the_same_comes_less_and_less_often() {
