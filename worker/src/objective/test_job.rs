@@ -1,6 +1,14 @@
-//! Job for tests of objectives.
+//! Job and checks for tests of objectives.
 
-use ganglion_proto::job::{Job, Model};
+use std::sync::Arc;
+
+use ganglion_proto::job::{Job, Model, Precision};
+use tch::{Device, Tensor};
+
+use super::{Model as LaidOut, Objective, ShardAt, ShardBatch, ShardGrad};
+use crate::nn::tensor_bytes::to_bytes;
+use crate::random::{Draws, Key};
+use crate::state::State;
 
 /// Returns a job with a model, 2 data shards and 3 samples each.
 pub(crate) fn small_job(model: Model) -> Job {
@@ -65,4 +73,32 @@ pub(crate) fn small_job(model: Model) -> Job {
         saturated_rows = 1
     "#;
     Job { model, ..Job::from_toml(text).unwrap() }
+}
+
+/// Checks that draws made ahead change no bit of a shard's gradient, and that each tensor of them is used.
+/// Returns how many there are of each key.
+pub(crate) fn check_draws_ahead(objective: &Arc<dyn Objective>, batch: &ShardBatch) -> Vec<usize> {
+    let laid_out = LaidOut::new(objective.clone(), Precision::Fp32).unwrap();
+    let state = State::initial(laid_out.layout.clone(), 3, Device::Cpu);
+    let phase = laid_out.phases()[0];
+    let at = ShardAt { phase, step: 2, shard: 1 };
+    let gradient = |draws: Vec<(Key, Vec<Tensor>)>| {
+        let layout = laid_out.gradient(phase);
+        let mut out = ShardGrad::new(layout, layout.len(), Device::Cpu);
+        let mut compute = objective.begin();
+        compute.keep(Draws::of(draws));
+        compute.gradient(at, &state, Some(batch), &mut out).unwrap();
+        to_bytes(&out.flat)
+    };
+    let wanted = gradient(Vec::new());
+    assert!(gradient(objective.draws(at)) == wanted);
+    let counts: Vec<usize> = objective.draws(at).iter().map(|(_, tensors)| tensors.len()).collect();
+    for (key, place) in (0..).zip(&counts).flat_map(|(key, count)| (0..*count).map(move |place| (key, place)))
+    {
+        let mut draws = objective.draws(at);
+        let tensor: &mut Tensor = &mut draws[key].1[place];
+        *tensor = tensor.flip([0]);
+        assert!(gradient(draws) != wanted, "nobody uses tensor {place} of the draws of {key}");
+    }
+    counts
 }

@@ -3,7 +3,7 @@
 
 use c10d::Error;
 use c10d::aten::{Into, LayerNorm, matmul_into};
-use c10d::transformer::{Heads, swiglu_backward};
+use c10d::transformer::swiglu_backward;
 
 use ganglion_proto::job::Activation;
 use tch::Tensor;
@@ -118,7 +118,7 @@ impl Network<'_> {
         let [query, key, value] = &pass.qkv;
         let (tokens, width) = (query.size()[1], query.size()[2]);
         let samples = query.size()[0] / self.sizes.heads;
-        let of_output = self.plain_heads(samples).split(of_output)?.get(0);
+        let of_output = self.heads(samples, 1, None).split(of_output)?.get(0);
         let of_all = Tensor::zeros([3, query.size()[0], tokens, width], (query.kind(), query.device()));
         let [of_query, of_key, of_value] = [0, 1, 2].map(|index| of_all.get(index));
         let kind = self.kind();
@@ -142,8 +142,7 @@ impl Network<'_> {
             add(&of_key, self.scale(), [&of_scores.transpose(1, 2), &query])?;
         }
         let angles = self.constants.angles(0, tokens);
-        let heads = Heads { samples, parts: 3, heads: self.sizes.heads, angles: angles.as_ref() };
-        heads.join(&of_all)
+        self.heads(samples, 3, angles.as_ref()).join(&of_all)
     }
 }
 

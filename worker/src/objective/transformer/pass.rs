@@ -179,8 +179,7 @@ impl Network<'_> {
     ) -> Result<[Tensor; 3], Error> {
         let past = cache.map_or(0, |cache| cache.past);
         let angles = self.constants.angles(past, qkv.size()[0] / samples);
-        let heads = Heads { samples, parts: 3, heads: self.sizes.heads, angles: angles.as_ref() };
-        let by_head = heads.split(qkv)?;
+        let by_head = self.heads(samples, 3, angles.as_ref()).split(qkv)?;
         let [query, key, value] = [0, 1, 2].map(|part| by_head.get(part));
         let [key, value] = match cache {
             Some(cache) => cache.extended(layer, [key, value]),
@@ -211,13 +210,13 @@ impl Network<'_> {
             groups.push((weights, factors));
         }
         let output = if let [whole] = &output[..] { whole.shallow_clone() } else { Tensor::cat(&output, 1) };
-        let output = self.plain_heads(samples).join(&output.unsqueeze(0))?;
+        let output = self.heads(samples, 1, None).join(&output.unsqueeze(0))?;
         Ok(Attended { qkv: [query, key, value], groups, output })
     }
 
-    /// Heads of what has one vector of each token, without its place.
-    pub(crate) fn plain_heads(&self, samples: i64) -> Heads<'static> {
-        Heads { samples, parts: 1, heads: self.sizes.heads, angles: None }
+    /// Heads with so many vectors of each token, of which queries and keys are turned if there are angles.
+    pub(crate) fn heads<'a>(&self, samples: i64, parts: i64, angles: Option<&'a [Tensor; 2]>) -> Heads<'a> {
+        Heads { samples, parts, heads: self.sizes.heads, angles }
     }
 
     /// Logits (n, vocabulary) for activations behind the last block.

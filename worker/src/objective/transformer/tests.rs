@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use ganglion_proto::job::{
-    Activation, Model, ModelKind, Positions, Precision, TransformerSettings as Settings,
-};
+use ganglion_proto::job::{Activation, Model, ModelKind, Positions, TransformerSettings as Settings};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::choice::{Choice, PLAIN};
@@ -17,11 +15,10 @@ use super::writer::{self, Writer};
 use super::{Source, Transformer};
 use crate::data::ImageShape;
 use crate::nn::Init;
-use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::test_job::small_job;
-use crate::objective::{Model as LaidOut, Objective, ShardAt, ShardBatch, ShardGrad};
-use crate::random::{Draws, Key, Purpose};
-use crate::state::{State, initial_values};
+use crate::objective::test_job::{check_draws_ahead, small_job};
+use crate::objective::{Objective, ShardBatch};
+use crate::random::{Key, Purpose};
+use crate::state::initial_values;
 
 const KEY: Key = Key { seed: 3, step: 1, phase: 0, shard: 2, purpose: Purpose::Network };
 
@@ -248,27 +245,8 @@ fn of_pixels(sizes: Sizes) -> Transformer {
 #[test]
 fn draws_made_ahead_change_no_bit_and_are_used() {
     let transformer = of_pixels(Sizes { context: 64, inputs: 12, ..forms().swap_remove(2) });
-    let laid_out = LaidOut::new(Arc::new(transformer.clone()), Precision::Fp32).unwrap();
-    let state = State::initial(laid_out.layout.clone(), 3, Device::Cpu);
-    let phase = laid_out.phases()[0];
-    let at = ShardAt { phase, step: 2, shard: 1 };
     let images = KEY.uniform(-1.0, 1.0, 3 * 64).view([3, 1, 8, 8]);
-    let batch = ShardBatch::of_images(images, None);
-    let gradient = |draws: Vec<(Key, Vec<Tensor>)>| {
-        let layout = laid_out.gradient(phase);
-        let mut out = ShardGrad::new(layout, layout.len(), Device::Cpu);
-        let mut compute = Objective::begin(&transformer);
-        compute.keep(Draws::of(draws));
-        compute.gradient(at, &state, Some(&batch), &mut out).unwrap();
-        to_bytes(&out.flat)
-    };
-    let wanted = gradient(Vec::new());
-    assert!(gradient(transformer.draws(at)) == wanted);
-    let count = transformer.draws(at)[0].1.len();
-    assert_eq!(count, 1 + 2 * 3, "of embeddings, and of two blocks");
-    for changed in 0..count {
-        let mut draws = transformer.draws(at);
-        draws[0].1[changed] = draws[0].1[changed].flip([0]);
-        assert!(gradient(draws) != wanted, "nobody uses the draws of {changed}");
-    }
+    let objective: Arc<dyn Objective> = Arc::new(transformer);
+    let counts = check_draws_ahead(&objective, &ShardBatch::of_images(images, None));
+    assert_eq!(counts, [1 + 2 * 3], "of embeddings, and of two blocks");
 }

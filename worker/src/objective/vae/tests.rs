@@ -7,7 +7,7 @@ use super::*;
 use crate::data::ImageShape;
 use crate::nn::TensorSpec;
 use crate::nn::tensor_bytes::to_bytes;
-use crate::objective::test_job::small_job;
+use crate::objective::test_job::{check_draws_ahead, small_job};
 use crate::objective::{Model as LaidOut, Samples};
 use crate::state::{initial_values, narrow};
 
@@ -166,27 +166,7 @@ fn the_bounds_are_those_of_a_known_likelihood() {
 #[test]
 fn draws_made_ahead_change_no_bit_and_are_used() {
     let settings = VaeSettings { binarise: true, ..settings(Likelihood::Bernoulli, 1.0) };
-    let vae = vae(settings, 0);
-    let laid_out = LaidOut::new(Arc::new(vae.clone()), Precision::Fp32).unwrap();
-    let state = State::initial(laid_out.layout.clone(), 3, Device::Cpu);
-    let phase = laid_out.phases()[0];
-    let at = ShardAt { phase, step: 2, shard: 1 };
+    let objective: Arc<dyn Objective> = Arc::new(vae(settings, 0));
     let batch = ShardBatch::of_images(normal(1, &[BATCH, 1, 28, 28]).tanh().to_kind(Kind::Float), None);
-    let gradient = |draws: Vec<(Key, Vec<Tensor>)>| {
-        let layout = laid_out.gradient(phase);
-        let mut out = ShardGrad::new(layout, layout.len(), Device::Cpu);
-        let mut compute = Objective::begin(&vae);
-        compute.keep(Draws::of(draws));
-        compute.gradient(at, &state, Some(&batch), &mut out).unwrap();
-        to_bytes(&out.flat)
-    };
-    let wanted = gradient(Vec::new());
-    assert!(gradient(vae.draws(at)) == wanted);
-    let count = vae.draws(at).len();
-    assert_eq!(count, 2, "of the pixels and of the latent vector");
-    for changed in 0..count {
-        let mut draws = vae.draws(at);
-        draws[changed].1[0] = draws[changed].1[0].flip([0]);
-        assert!(gradient(draws) != wanted, "nobody uses the draws of {changed}");
-    }
+    assert_eq!(check_draws_ahead(&objective, &batch), [1, 1], "of the pixels and of the latent vector");
 }
